@@ -1,0 +1,613 @@
+"""VAE and two-layer HVAE with a standard, mixture-of-Gaussians or VampPrior (Tomczak & Welling, 2018).
+
+    model = build(Config(model="vae", prior="vamp"))
+    loss = -model.log_weights(x).mean()            # x: (B, 784) in [0, 1]; minus the ELBO, in nats
+
+VAE    p(x, z)      = p(x | z) p(z)                 q(z | x)
+HVAE   p(x, z1, z2) = p(x | z1, z2) p(z1 | z2) p(z2)   q(z1, z2 | x) = q(z1 | x, z2) q(z2 | x)
+VampPrior   p(z) = sum_k w_k q(z | u_k),  w_k = 1/K unless learned       (the paper's eq. 9)
+log weight  log_w = log p(x | z) + log p(z) - log q(z | x),  z ~ q(z | x)
+ELBO = E[log_w];   log p(x) >= E[logsumexp_s(log_w_s) - log S]            (Burda et al., 2016, eq. 8)
+
+B images, S samples, K components, D latent or pixel size; all densities are in nats and keep
+their constants. Files hold plain tensors, numbers and strings, and a checksum.
+"""
+import hashlib
+import io
+import math
+import os
+import pickletools
+import tempfile
+import zipfile
+from dataclasses import asdict, dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+LOG_2PI = math.log(2 * math.pi)
+TILE = 1024         # rows and components of one block of the mixture: 8 MB in float64
+FORMAT = 1          # version of the files; a larger one is refused
+
+# ------------------------------------------------------------------------------------ densities
+
+
+def log_normal(x, mu, logvar):
+    """log N(x; mu, exp(logvar)) in nats, summed over the last axis: (..., D) -> (...)."""
+    return -0.5 * (LOG_2PI + logvar + (x - mu).square() * torch.exp(-logvar)).sum(-1)
+
+
+def log_bernoulli(x, logits):
+    """log Bernoulli(x; sigmoid(logits)) in nats, summed over the last axis: (..., D) -> (...).
+
+    x in [0, 1]; written with logits because a clamped probability has no gradient beyond its clamp.
+    """
+    x, logits = torch.broadcast_tensors(x.to(logits.dtype), logits)
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
+
+
+class _LogMixture(torch.autograd.Function):
+    """logsumexp_k([z^2, z] . coef_k + bias_k) for z (N, D), coef (K, 2D), bias (K): (N,).
+
+    Works in blocks of TILE x TILE with a running maximum and sum, so that memory beyond the result
+    does not grow with K; one block's responsibilities are kept for backward, more are recomputed.
+    """
+
+    @staticmethod
+    def forward(ctx, z, coef, bias):
+        out = z.new_empty(len(z))
+        kept = None
+        for rows, top, total, one_block in _row_blocks(z, coef, bias):
+            out[rows] = top + total.log()
+            if one_block is not None and any(ctx.needs_input_grad):
+                kept = one_block.div_(total[:, None])
+        ctx.save_for_backward(z, coef, bias, out, kept)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        z, coef, bias, out, kept = ctx.saved_tensors
+        d_z, d_coef, d_bias = torch.empty_like(z), torch.zeros_like(coef), torch.zeros_like(bias)
+        for rows in _blocks(len(z)):
+            features, through = _features(z[rows]), 0
+            for ks in _blocks(len(coef)):
+                if kept is not None:
+                    weight = kept
+                else:
+                    joint = torch.addmm(bias[ks], features, coef[ks].T)
+                    weight = joint.sub_(out[rows, None]).exp_()
+                weight = weight * grad[rows, None]
+                through = through + weight @ coef[ks]
+                d_coef[ks] += weight.T @ features
+                d_bias[ks] += weight.sum(0)
+            by_square, by_value = through.chunk(2, dim=1)
+            d_z[rows] = 2 * z[rows] * by_square + by_value
+        return d_z, d_coef, d_bias
+
+
+def _blocks(n):
+    return [slice(i, min(i + TILE, n)) for i in range(0, n, TILE)]
+
+
+def _features(z):
+    return torch.cat([z.square(), z], dim=1)
+
+
+def _row_blocks(z, coef, bias):
+    """For each block of rows: its slice, max_k, sum_k exp(joint - max), and the latter's terms when
+    a single block holds all of z and the mixture."""
+    components = _blocks(len(coef))
+    for rows in _blocks(len(z)):
+        features = _features(z[rows])
+        # not -inf: a block of components whose weights are all zero would give inf - inf
+        top = torch.full_like(features[:, 0], torch.finfo(z.dtype).min)
+        total = torch.zeros_like(top)
+        for ks in components:
+            joint = torch.addmm(bias[ks], features, coef[ks].T)
+            old, top = top, torch.maximum(top, joint.amax(1))
+            terms = joint.sub_(top[:, None]).exp_()
+            total = total * (old - top).exp() + terms.sum(1)
+        yield rows, top, total, terms if len(z) <= TILE and len(components) == 1 else None
+
+
+def log_mixture(z, mu, logvar, log_weights=None):
+    """log sum_k w_k N(z; mu_k, exp(logvar_k)) in nats: z (..., D), mu and logvar (K, D) -> (...).
+
+    `log_weights` (K,) are normalised log mixture weights; None means 1/K each. The squares are
+    expanded into one matrix product per block, [z^2, z] . [-1/(2 var), mu/var], never a (B, K, D)
+    tensor: memory O(B K) up to a block of 1024 x 1024, and constant in K beyond. The products are
+    float64, which neither TF32, "medium" precision nor autocast touches, because the expansion
+    cancels digits. Result: float32 for float32 (or narrower) z; its error against float64 is the
+    rounding of the result, below 1e-3 nats for |z|, |mu| <= 5 and logvar in [-6, 2] at D = 40.
+    Devices without float64 (mps) use float32, with errors up to 0.1 nats in that corner.
+    Not twice differentiable. ValueError on shapes that do not fit.
+    """
+    if mu.ndim != 2 or mu.shape != logvar.shape or z.shape[-1:] != mu.shape[1:] or not len(mu):
+        raise ValueError(f"log_mixture: z {tuple(z.shape)}, mu {tuple(mu.shape)} and logvar "
+                         f"{tuple(logvar.shape)} do not fit; expected (..., D), (K, D), (K, D)")
+    if log_weights is None:
+        log_weights = mu.new_full(mu.shape[:1], -math.log(len(mu)))
+    elif log_weights.shape != mu.shape[:1]:
+        raise ValueError(f"log_mixture: log_weights {tuple(log_weights.shape)}, expected ({len(mu)},)")
+    exact = torch.float32 if z.device.type == "mps" else torch.float64
+    mu, logvar = mu.to(exact), logvar.to(exact)
+    precision = torch.exp(-logvar)
+    coef = torch.cat([-0.5 * precision, mu * precision], dim=1)
+    bias = log_weights.to(exact) - 0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(1)
+    flat = z.reshape(-1, z.shape[-1]).to(exact)
+    result = _LogMixture.apply(flat, coef, bias).reshape(z.shape[:-1])
+    return result.to(torch.promote_types(z.dtype, torch.float32))
+
+
+# --------------------------------------------------------------------------------------- priors
+
+
+class StandardPrior(nn.Module):
+    """N(0, I) in D dimensions."""
+
+    def __init__(self, n_dims):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(n_dims), persistent=False)
+
+    def log_prob(self, z):
+        """log p(z) in nats: (..., D) -> (...)."""
+        return log_normal(z, self.mean, torch.zeros_like(self.mean))
+
+    def sample(self, n, generator=None):
+        """n draws, (n, D)."""
+        return _normal(self.mean.expand(n, -1), generator=generator)
+
+    def frozen(self):
+        """A copy for evaluation, without further work per call: this prior itself."""
+        return self
+
+
+class _Mixture(nn.Module):
+    """What the mixture priors share; a subclass gives `components() -> mu, logvar`, both (K, D)."""
+
+    def _init_weights(self, n_components, learned):
+        self.weight_logits = nn.Parameter(torch.zeros(n_components)) if learned else None
+
+    def log_weights(self):
+        """Normalised log mixture weights (K,), or None when all are 1/K."""
+        return None if self.weight_logits is None else torch.log_softmax(self.weight_logits, 0)
+
+    def log_prob(self, z):
+        """log p(z) in nats: (..., D) -> (...)."""
+        return log_mixture(z, *self.components(), self.log_weights())
+
+    def sample(self, n, generator=None):
+        """n draws, (n, D): a component from the weights, then its Gaussian."""
+        mu, logvar = self.components()
+        log_w = self.log_weights()
+        weights = torch.ones_like(mu[:, 0]) if log_w is None else log_w.exp()
+        k = torch.multinomial(weights, n, replacement=True, generator=generator)
+        return _normal(mu[k], logvar[k], generator)
+
+    @torch.no_grad()
+    def frozen(self):
+        """The same density as a MixturePrior of constants: the encoder runs once, not per call."""
+        mu, logvar = self.components()
+        return MixturePrior(mu.clone(), logvar.clone(), self.weight_logits).requires_grad_(False)
+
+
+class MixturePrior(_Mixture):
+    """Mixture of K free diagonal Gaussians: mu and logvar (K, D) are the parameters' first values.
+
+    Weights are equal, or learned from `weight_logits` (K,). The paper's "MoG" prior.
+    """
+
+    def __init__(self, mu, logvar, weight_logits=None):
+        super().__init__()
+        self.mu = nn.Parameter(mu.detach().clone())
+        self.logvar = nn.Parameter(logvar.detach().clone())
+        self._init_weights(len(mu), weight_logits is not None)
+        if weight_logits is not None:
+            self.weight_logits.data.copy_(weight_logits)
+
+    def components(self):
+        return self.mu, self.logvar
+
+
+class VampPrior(_Mixture):
+    """Mixture of the encoder's posteriors at K learned pseudo-inputs, sum_k w_k q(z | u_k).
+
+    encoder: any callable x -> (mu, logvar), each (K, D). It is shared with the VAE, so it is not
+    registered here: the model's state_dict holds it once.
+    pseudo_inputs (K, ...): first values of u, for instance training images.
+    learned_weights: learn w_k; otherwise 1/K.
+    bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
+    each optimiser step: a pseudo-input left outside has no gradient (FIELD: a "dead pixel").
+    """
+
+    def __init__(self, encoder, pseudo_inputs, learned_weights=False, bounds=(0.0, 1.0)):
+        super().__init__()
+        self._encoder = (encoder,)      # a tuple hides it from nn.Module's registration
+        self.bounds = bounds
+        self.u = nn.Parameter(pseudo_inputs.detach().clone())
+        self._init_weights(len(pseudo_inputs), learned_weights)
+
+    def pseudo_inputs(self):
+        """u (K, ...), inside the bounds."""
+        return self.u if self.bounds is None else self.u.clamp(*self.bounds)
+
+    def components(self):
+        """mu, logvar (K, D) of q(z | u_k)."""
+        return self._encoder[0](self.pseudo_inputs())
+
+    @torch.no_grad()
+    def project_(self):
+        """Moves u back into the bounds, in place."""
+        if self.bounds is not None:
+            self.u.clamp_(*self.bounds)
+
+    @torch.no_grad()
+    def clipped(self):
+        """Share of pseudo-input pixels at or beyond a bound, 0 to 1."""
+        low, high = self.bounds or (-math.inf, math.inf)
+        return ((self.u <= low) | (self.u >= high)).float().mean().item()
+
+
+# --------------------------------------------------------------------------------------- layers
+
+
+def _normal(mu, logvar=None, generator=None, size=()):
+    """A draw from N(mu, exp(logvar)), or N(mu, 1): (*size, *mu.shape), reparameterised."""
+    eps = torch.randn((*size, *mu.shape), generator=generator, device=mu.device, dtype=mu.dtype)
+    return mu + eps if logvar is None else mu + torch.exp(0.5 * logvar) * eps
+
+
+class GatedDense(nn.Module):
+    """(W x + b) * sigmoid(V x + c): (..., n_in) -> (..., n_out). W and V are stacked in one matrix.
+
+    With a tuple for n_in it takes that many inputs and acts on their concatenation, which it never
+    builds: each meets its own columns, so an input without the sample axis costs its own size.
+    """
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.n_in = (n_in,) if isinstance(n_in, int) else tuple(n_in)
+        self.linear = _linear(sum(self.n_in), 2 * n_out)
+
+    def forward(self, *inputs):
+        if len(inputs) == 1:
+            return F.glu(self.linear(inputs[0]))
+        first, *others = self.linear.weight.split(self.n_in, dim=1)
+        out = F.linear(inputs[0], first, self.linear.bias)
+        for x, weight in zip(inputs[1:], others):
+            out = out + F.linear(x, weight)
+        return F.glu(out)
+
+
+class GaussianHead(nn.Module):
+    """mu and logvar, the latter clipped to [-6, 2] as in the authors' code: (..., n_in) -> (..., D)."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__()
+        self.linear = _linear(n_in, 2 * n_out)
+
+    def forward(self, h):
+        mu, logvar = self.linear(h).chunk(2, dim=-1)
+        return mu, logvar.clamp(-6.0, 2.0)
+
+
+class GaussianNet(nn.Module):
+    """Gated layers, then a GaussianHead: several inputs meet in the layer after their own."""
+
+    def __init__(self, n_in, hidden, n_out):
+        super().__init__()
+        self.body = nn.Sequential(GatedDense(n_in, hidden), GatedDense(hidden, hidden))
+        self.head = GaussianHead(hidden, n_out)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def _linear(n_in, n_out):
+    layer = nn.Linear(n_in, n_out)
+    nn.init.normal_(layer.weight, std=math.sqrt(2 / n_in))      # the authors' initialisation
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# --------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Config:
+    """What builds a model. `components` and `learned_weights` matter for the mixture priors."""
+    model: str = "vae"
+    prior: str = "vamp"
+    x_dim: int = 784
+    hidden: int = 300
+    z_dim: int = 40
+    components: int = 500
+    learned_weights: bool = False
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if type(value) is not field.type:
+                raise ValueError(f"{field.name} must be {field.type.__name__}, got {value!r}")
+            if field.type is int and not 1 <= value <= 10**7:
+                raise ValueError(f"{field.name} must be from 1 to 10,000,000, got {value}")
+        for value, choices in ((self.model, MODELS), (self.prior, PRIORS)):
+            if value not in choices:
+                raise ValueError(f"{value!r} is not one of {', '.join(choices)}")
+
+
+class _Model(nn.Module):
+    """What both models share. A subclass has `layers`, `infer`, `terms`, `decode`."""
+
+    def __init__(self, config, pseudo_inputs=None):
+        super().__init__()
+        self.config = config
+        self._build(config)
+        if config.prior == "standard":
+            self.prior = StandardPrior(config.z_dim)
+        elif config.prior == "mog":
+            mu = torch.randn(config.components, config.z_dim)
+            logits = torch.zeros(config.components) if config.learned_weights else None
+            self.prior = MixturePrior(mu, torch.zeros_like(mu), logits)
+        else:
+            if pseudo_inputs is None:       # the authors' first values for MNIST
+                pseudo_inputs = torch.normal(0.05, 0.01, (config.components, config.x_dim))
+            if pseudo_inputs.shape != (config.components, config.x_dim):
+                raise ValueError(f"pseudo_inputs {tuple(pseudo_inputs.shape)}, expected "
+                                 f"({config.components}, {config.x_dim})")
+            self.prior = VampPrior(self.encoder, pseudo_inputs, config.learned_weights)
+            self.prior.project_()
+
+    def encode(self, x):
+        """mu, logvar (B, D) of the top latent's posterior: q(z | x), or q(z2 | x) of the HVAE."""
+        return self.encoder(x)
+
+    def log_weights(self, x, S=1, generator=None):
+        """log p(x, z) - log q(z | x) in nats for S samples of each image: x (B, D) -> (S, B).
+
+        Its mean over S estimates the ELBO; logsumexp over S minus log S bounds log p(x).
+        """
+        parts = self.terms(x, S, generator)
+        return parts["recon"] - parts["kl"]
+
+    def sample(self, n, generator=None):
+        """n images as probabilities, (n, 784), by ancestral sampling from the prior."""
+        return self.generate(self.prior.sample(n, generator), generator)
+
+    def set_output_bias(self, mean):
+        """Starts the decoder at the data's mean image (784,), which saves the first epochs."""
+        with torch.no_grad():
+            self.output.bias.copy_(torch.logit(mean.clamp(0.01, 0.99)))
+
+
+class VAE(_Model):
+    """One stochastic layer: p(x | z) p(z), q(z | x)."""
+
+    layers = ("z",)
+
+    def _build(self, c):
+        self.encoder = GaussianNet(c.x_dim, c.hidden, c.z_dim)
+        self.decoder = nn.Sequential(GatedDense(c.z_dim, c.hidden), GatedDense(c.hidden, c.hidden))
+        self.output = _linear(c.hidden, c.x_dim)
+
+    def infer(self, x):
+        """What `terms` needs of x whatever the samples: (mu, logvar) of q(z | x)."""
+        return self.encode(x)
+
+    def terms(self, x, S=1, generator=None, inferred=None, prior=None):
+        """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
+
+        recon = log p(x | z), kl = log q(z | x) - log p(z), at the same z ~ q(z | x).
+        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
+        """
+        mu, logvar = self.infer(x) if inferred is None else inferred
+        z = _normal(mu, logvar, generator, (S,))
+        recon = log_bernoulli(x, self.decode(z))
+        kl = log_normal(z, mu, logvar) - (prior or self.prior).log_prob(z)
+        return {"recon": recon, "kl": kl}
+
+    def decode(self, z):
+        """Pixel logits (..., 784) of z (..., 40)."""
+        return self.output(self.decoder(z))
+
+    def generate(self, z, generator=None):
+        """Images as probabilities (n, 784) given latents z (n, 40)."""
+        return torch.sigmoid(self.decode(z))
+
+    def reconstruct(self, x, generator=None):
+        """Probabilities (B, 784) decoded from the posterior's mean; with a generator, a draw."""
+        mu, logvar = self.encode(x)
+        return self.generate(mu if generator is None else _normal(mu, logvar, generator))
+
+    def posteriors(self, x):
+        """{layer: (mu, logvar)} at x, each (B, 40)."""
+        return {"z": self.encode(x)}
+
+
+class HVAE(_Model):
+    """Two stochastic layers: p(x | z1, z2) p(z1 | z2) p(z2), q(z1 | x, z2) q(z2 | x); prior on z2."""
+
+    layers = ("z1", "z2")
+
+    def _build(self, c):
+        self.encoder = GaussianNet(c.x_dim, c.hidden, c.z_dim)              # q(z2 | x)
+        self.q1_x = GatedDense(c.x_dim, c.hidden)                           # q(z1 | x, z2)
+        self.q1_z2 = GatedDense(c.z_dim, c.hidden)
+        self.q1_joint = GatedDense((c.hidden, c.hidden), c.hidden)
+        self.q1_head = GaussianHead(c.hidden, c.z_dim)
+        self.p1 = GaussianNet(c.z_dim, c.hidden, c.z_dim)                   # p(z1 | z2)
+        self.px_z1 = GatedDense(c.z_dim, c.hidden)                          # p(x | z1, z2)
+        self.px_z2 = GatedDense(c.z_dim, c.hidden)
+        self.px_joint = GatedDense((c.hidden, c.hidden), c.hidden)
+        self.output = _linear(c.hidden, c.x_dim)
+
+    def infer(self, x):
+        """What `terms` needs of x whatever the samples: (mu, logvar) of q(z2 | x), features of x."""
+        return self.encode(x), self.q1_x(x)
+
+    def _q1(self, features, z2):
+        return self.q1_head(self.q1_joint(features, self.q1_z2(z2)))
+
+    def terms(self, x, S=1, generator=None, inferred=None, prior=None):
+        """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
+
+        recon = log p(x | z1, z2), kl1 = log q(z1 | x, z2) - log p(z1 | z2),
+        kl2 = log q(z2 | x) - log p(z2), kl = kl1 + kl2; all at the same z2, z1 ~ q.
+        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
+        """
+        (mu2, logvar2), features = self.infer(x) if inferred is None else inferred
+        z2 = _normal(mu2, logvar2, generator, (S,))
+        mu1, logvar1 = self._q1(features, z2)
+        z1 = _normal(mu1, logvar1, generator)
+        recon = log_bernoulli(x, self.decode(z1, z2))
+        kl1 = log_normal(z1, mu1, logvar1) - log_normal(z1, *self.p1(z2))
+        kl2 = log_normal(z2, mu2, logvar2) - (prior or self.prior).log_prob(z2)
+        return {"recon": recon, "kl": kl1 + kl2, "kl1": kl1, "kl2": kl2}
+
+    def decode(self, z1, z2):
+        """Pixel logits (..., 784) of z1 and z2 (..., 40)."""
+        return self.output(self.px_joint(self.px_z1(z1), self.px_z2(z2)))
+
+    def generate(self, z2, generator=None):
+        """Images as probabilities (n, 784) given z2 (n, 40); z1 is drawn from p(z1 | z2)."""
+        mu1, logvar1 = self.p1(z2)
+        return torch.sigmoid(self.decode(_normal(mu1, logvar1, generator), z2))
+
+    def reconstruct(self, x, generator=None):
+        """Probabilities (B, 784) decoded from the posteriors' means; with a generator, draws."""
+        (mu2, logvar2), features = self.infer(x)
+        z2 = mu2 if generator is None else _normal(mu2, logvar2, generator)
+        mu1, logvar1 = self._q1(features, z2)
+        z1 = mu1 if generator is None else _normal(mu1, logvar1, generator)
+        return torch.sigmoid(self.decode(z1, z2))
+
+    def posteriors(self, x):
+        """{layer: (mu, logvar)} at x, each (B, 40); z1's is taken at the mean of q(z2 | x)."""
+        (mu2, logvar2), features = self.infer(x)
+        return {"z1": self._q1(features, mu2), "z2": (mu2, logvar2)}
+
+
+MODELS = {"vae": VAE, "hvae": HVAE}
+PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "VampPrior"}
+
+
+def build(config, pseudo_inputs=None):
+    """A new model for a Config; pseudo_inputs (K, 784) are the VampPrior's first values."""
+    return MODELS[config.model](config, pseudo_inputs)
+
+
+# ---------------------------------------------------------------------------------------- files
+# A file is torch.save's archive followed by a line with the SHA-256 of all before it.
+
+_SEAL = b"\nvampprior sha256 "
+_SEAL_SIZE = len(_SEAL) + 64 + 1
+_PICKLE_NAMES = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict") + tuple(
+    f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "Int", "Byte", "Bool", "Half"))
+
+
+def write_atomic(path, data):
+    """Writes bytes or text so that `path` holds either its old content or all of the new one."""
+    path = os.fspath(path)
+    folder, name = os.path.split(path)
+    data = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)      # mkstemp's 0600 would hide results from others
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        raise
+
+
+def save_file(path, content):
+    """Writes a dict of tensors, numbers, strings, lists and dicts, sealed with a checksum."""
+    buffer = io.BytesIO()
+    torch.save(content | {"format": FORMAT}, buffer)
+    data = buffer.getvalue()
+    write_atomic(path, data + _SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n")
+
+
+def load_file(path, device="cpu"):
+    """The dict that `save_file` wrote. ValueError on any other or damaged file; runs no code of it.
+
+    Memory is bounded by the file's size: nothing compressed or lazily sized is accepted.
+    """
+    with open(path, "rb") as file:
+        data = file.read()
+    data, seal = data[:-_SEAL_SIZE], data[-_SEAL_SIZE:]
+    if not seal.startswith(_SEAL):
+        raise ValueError(f"{path} is not a checkpoint of this project, or it was cut short; "
+                         "use another or train again")
+    if seal[len(_SEAL):-1] != hashlib.sha256(data).hexdigest().encode() or seal[-1:] != b"\n":
+        raise ValueError(f"{path} is damaged (its checksum differs); use another or train again")
+    try:
+        _check_archive(data)
+        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
+        version = content["format"]
+    except Exception as error:      # whatever a crafted archive provokes, it is not ours
+        raise ValueError(f"{path} is not a checkpoint of this project ({type(error).__name__})")
+    if type(version) is not int or version > FORMAT:
+        raise ValueError(f"{path} has format {version!r}, this code reads up to {FORMAT}; update it")
+    return content
+
+
+def _check_archive(data):
+    """Refuses what weights_only=True still allows: compressed members, calls that allocate."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise ValueError("compressed members")
+        if sum(m.file_size for m in members) > len(data):
+            raise ValueError("members larger than the file")
+        for member in members:
+            if member.filename.endswith(".pkl"):
+                for code, argument, _ in pickletools.genops(archive.read(member)):
+                    if code.name in ("GLOBAL", "INST") and argument not in _PICKLE_NAMES:
+                        raise ValueError(f"unexpected name {argument}")
+                    if code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
+                        raise ValueError("unexpected opcode")
+
+
+def load_state(module, state):
+    """Copies a state_dict into a module after comparing names, shapes and dtypes. ValueError."""
+    own = module.state_dict()
+    if not isinstance(state, dict) or own.keys() != state.keys():
+        raise ValueError("its parameters are not those of the model it names")
+    for name, value in own.items():
+        got = state[name]
+        if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (value.shape, value.dtype):
+            raise ValueError(f"{name} is not a {value.dtype} tensor of shape {tuple(value.shape)}")
+        if not torch.isfinite(got).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    module.load_state_dict(state)
+
+
+def save(path, model, **extra):
+    """Writes a model, and further plain values, to one file that `load` reads."""
+    save_file(path, {"config": asdict(model.config), "state": model.state_dict(), **extra})
+
+
+def load(path, device="cpu"):
+    """The model saved at `path`, in eval mode, with what was saved beside it as `model.extra`.
+
+    ValueError, in one line, on a file that is damaged, foreign, newer or does not fit its config.
+    """
+    content = load_file(path, device)
+    try:
+        config, state = content.pop("config"), content.pop("state")
+        config = Config(**config)
+        # a config that promises more than the file holds must not make us allocate it
+        if config.prior != "standard" and config.components > sum(v.numel() for v in state.values()):
+            raise ValueError(f"components = {config.components} do not fit its size")
+        model = build(config).to(device)
+        load_state(model, state)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a model of this project: {error}")
+    model.extra = content
+    return model.eval()
