@@ -218,7 +218,7 @@ class VampPrior(_Mixture):
     pseudo_inputs (K, ...): first values of u, for instance training images.
     learned_weights: learn w_k; otherwise 1/K.
     bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
-    each optimiser step: a pseudo-input left outside has no gradient (FIELD: a "dead pixel").
+    each optimiser step, or u drifts away behind the bound.
     """
 
     def __init__(self, encoder, pseudo_inputs, learned_weights=False, bounds=(0.0, 1.0)):
@@ -229,8 +229,13 @@ class VampPrior(_Mixture):
         self._init_weights(len(pseudo_inputs), learned_weights)
 
     def pseudo_inputs(self):
-        """u (K, ...), inside the bounds."""
-        return self.u if self.bounds is None else self.u.clamp(*self.bounds)
+        """u (K, ...), inside the bounds; its gradient passes through, also at a bound.
+
+        torch.clamp's own gradient is zero there, and a pixel that starts at 0 or 1 would stay.
+        """
+        if self.bounds is None:
+            return self.u
+        return self.u + (self.u.clamp(*self.bounds) - self.u).detach()
 
     def components(self):
         """mu, logvar (K, D) of q(z | u_k)."""
@@ -256,6 +261,10 @@ def _normal(mu, logvar=None, generator=None, size=()):
     """A draw from N(mu, exp(logvar)), or N(mu, 1): (*size, *mu.shape), reparameterised."""
     eps = torch.randn((*size, *mu.shape), generator=generator, device=mu.device, dtype=mu.dtype)
     return mu + eps if logvar is None else mu + torch.exp(0.5 * logvar) * eps
+
+
+def _draw(mu, logvar, generator):
+    return mu if generator is None else _normal(mu, logvar, generator)
 
 
 class GatedDense(nn.Module):
@@ -293,7 +302,7 @@ class GaussianHead(nn.Module):
 
 
 class GaussianNet(nn.Module):
-    """Gated layers, then a GaussianHead: several inputs meet in the layer after their own."""
+    """Two gated layers and a GaussianHead: (..., n_in) -> mu, logvar (..., n_out)."""
 
     def __init__(self, n_in, hidden, n_out):
         super().__init__()
@@ -417,12 +426,13 @@ class VAE(_Model):
 
     def reconstruct(self, x, generator=None):
         """Probabilities (B, 784) decoded from the posterior's mean; with a generator, a draw."""
-        mu, logvar = self.encode(x)
-        return self.generate(mu if generator is None else _normal(mu, logvar, generator))
+        return self.generate(_draw(*self.encode(x), generator))
 
-    def posteriors(self, x):
-        """{layer: (mu, logvar)} at x, each (B, 40)."""
-        return {"z": self.encode(x)}
+    def latents(self, x, generator=None):
+        """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
+        (B, 40), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
+        q = self.encode(x)
+        return {"z": (_draw(*q, generator), q, None)}
 
 
 class HVAE(_Model):
@@ -476,16 +486,16 @@ class HVAE(_Model):
 
     def reconstruct(self, x, generator=None):
         """Probabilities (B, 784) decoded from the posteriors' means; with a generator, draws."""
-        (mu2, logvar2), features = self.infer(x)
-        z2 = mu2 if generator is None else _normal(mu2, logvar2, generator)
-        mu1, logvar1 = self._q1(features, z2)
-        z1 = mu1 if generator is None else _normal(mu1, logvar1, generator)
-        return torch.sigmoid(self.decode(z1, z2))
+        latents = self.latents(x, generator)
+        return torch.sigmoid(self.decode(latents["z1"][0], latents["z2"][0]))
 
-    def posteriors(self, x):
-        """{layer: (mu, logvar)} at x, each (B, 40); z1's is taken at the mean of q(z2 | x)."""
-        (mu2, logvar2), features = self.infer(x)
-        return {"z1": self._q1(features, mu2), "z2": (mu2, logvar2)}
+    def latents(self, x, generator=None):
+        """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
+        (B, 40), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
+        q2, features = self.infer(x)
+        z2 = _draw(*q2, generator)
+        q1 = self._q1(features, z2)
+        return {"z1": (_draw(*q1, generator), q1, self.p1(z2)), "z2": (z2, q2, None)}
 
 
 MODELS = {"vae": VAE, "hvae": HVAE}
@@ -495,6 +505,21 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 def build(config, pseudo_inputs=None):
     """A new model for a Config; pseudo_inputs (K, 784) are the VampPrior's first values."""
     return MODELS[config.model](config, pseudo_inputs)
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name):
+    """A torch.device for one of DEVICES; auto takes the fastest. ValueError when it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    if name == "auto":
+        name = next(kind for kind in there if there[kind])
+    if not there.get(name):
+        raise ValueError(f"device {name!r} is not on this machine or not usable by this torch; "
+                         "take cpu")
+    return torch.device(name)
 
 
 # ---------------------------------------------------------------------------------------- files

@@ -1,0 +1,274 @@
+"""Evaluate a trained model once on the test set.
+
+    python evaluate.py results/latest/vamp                  # S = 500 importance samples per image
+    python evaluate.py results/latest/vamp --samples 5000   # the paper's protocol
+
+Reads model.pt in the run folder; writes arrays.npz (all that plot.py draws) and then metrics.json.
+All numbers are nats per image, sums are float64, standard errors are over the test images.
+"""
+import argparse
+import hashlib
+import io
+import json
+import math
+import platform
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data as datasets
+from models import DEVICES, PRIORS, load, log_mixture, log_normal, pick_device, write_atomic
+
+CHUNK = 1000        # samples of one image in one pass: large enough for the matrix products
+INFER = 100         # images encoded at once
+ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
+
+
+@torch.no_grad()
+def importance_terms(model, x, S, generator=None, progress=False):
+    """Importance-sampling estimates per image, in nats: a dict of (N,) float64 tensors on the CPU.
+
+    log_px = logsumexp_s log_w - log S, the bound on log p(x) of Burda et al. (2016, eq. 8);
+    elbo, recon, kl (kl1, kl2) are means over the same S samples.
+    Every image has its own noise, seeded by its place, and is worked on in passes of CHUNK samples:
+    memory is that of CHUNK x 784 logits whatever S is, and no block size enters the result.
+    """
+    base = torch.randint(2**62, (), generator=generator).item()
+    noise = torch.Generator(x.device)
+    prior, result = model.prior.frozen(), {}
+    bar = tqdm(total=len(x), desc=f"S = {S}", unit="image", disable=not progress, dynamic_ncols=True,
+               mininterval=0.5 if sys.stderr.isatty() else 60)
+    for first in range(0, len(x), INFER):
+        block = datasets.pixels(x[first:first + INFER])
+        inferred = model.infer(block)
+        for i in range(len(block)):
+            noise.manual_seed(base + first + i)
+            one = _map(inferred, lambda t: t[i:i + 1])
+            sums, log_w = {}, []
+            for done in range(0, S, CHUNK):
+                terms = model.terms(block[i:i + 1], min(CHUNK, S - done), noise, one, prior)
+                terms = {name: value.double() for name, value in terms.items()}
+                log_w.append((terms["recon"] - terms["kl"]).logsumexp(0))
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0) + value.sum(0)
+            sums = {name: value / S for name, value in sums.items()}
+            sums |= {"elbo": sums["recon"] - sums["kl"],
+                     "log_px": torch.stack(log_w).logsumexp(0) - math.log(S)}
+            for name, value in sums.items():
+                result.setdefault(name, torch.empty(len(x), dtype=torch.float64))[first + i] = value
+            bar.update()
+    bar.close()
+    return result
+
+
+def _map(nested, function):
+    if isinstance(nested, tuple):
+        return tuple(_map(part, function) for part in nested)
+    return function(nested)
+
+
+def log_likelihood(model, x, S, generator=None):
+    """log p(x) in nats by importance sampling with S samples: x (N, D) -> (N,) float64.
+
+    A lower bound in expectation, tighter with S (Burda et al., 2016). x: float in [0, 1], or uint8
+    meaning grey / 255. `generator` is a CPU torch.Generator; the same seed gives the same numbers.
+    """
+    return importance_terms(model, x, S, generator)["log_px"]
+
+
+@torch.no_grad()
+def latent_statistics(model, x, generator, draws=5):
+    """What the latents hold, over the images x (N, D): (metrics, arrays) as dicts.
+
+    active_units: units whose posterior mean varies over the data by more than 0.01, per layer; z1's
+        posterior mean is taken at the mean of z2.
+    mutual_information + marginal_kl = KL of the top layer (Hoffman & Johnson, 2016), both halves by
+        the same draws, with q(z) = 1/N sum_n q(z | x_n) over these images: at most log N.
+    components_used: perplexity of the mean responsibility of the prior's components.
+    kl_per_dim: of the top layer against the prior's one-dimensional marginals.
+    """
+    N, top = len(x), model.layers[-1]
+    parts = [datasets.pixels(part) for part in x.split(1000)]
+    means = _gather([model.latents(part) for part in parts])
+    metrics = {"active_units": {}, "latent_dims": {}}
+    arrays = {"latent_means": means[top][1][0]}
+    prior = model.prior.frozen()
+    kl_per_dim = {name: 0 for name in model.layers}
+    split, z_all = {"mutual_information": 0, "marginal_kl": 0}, []
+    for _ in range(draws):
+        drawn = _gather([model.latents(part, generator) for part in parts])
+        for name, (z, q, p) in drawn.items():
+            log_q = log_normal(z[..., None], q[0][..., None], q[1][..., None])
+            kl_per_dim[name] += (log_q - _log_marginals(z, p, prior)).mean(0) / draws
+        z, q, _ = drawn[top]
+        log_q, log_p, log_aggregate = log_normal(z, *q), prior.log_prob(z), log_mixture(z, *q)
+        split["mutual_information"] += (log_q - log_aggregate).double() / draws
+        split["marginal_kl"] += (log_aggregate - log_p).double() / draws
+        z_all.append(z)
+    for name in model.layers:
+        variance = means[name][1][0].double().var(0)
+        metrics["active_units"][name] = int((variance > ACTIVE).sum())
+        metrics["latent_dims"][name] = len(variance)
+        arrays |= {f"variance_{name}": variance, f"kl_per_dim_{name}": kl_per_dim[name]}
+    metrics |= {name: mean_se(value) for name, value in split.items()}
+    if model.config.prior != "standard":
+        mu, logvar = prior.components()
+        log_w = prior.log_weights()
+        if log_w is None:
+            log_w = torch.full_like(mu[:, 0], -math.log(len(mu)))
+        with torch.enable_grad():       # d log p(z) / d log w_k is the responsibility of k
+            log_w = log_w.detach().requires_grad_()
+            total = log_mixture(torch.cat(z_all), mu, logvar, log_w).sum()
+            use = torch.autograd.grad(total, log_w)[0].double() / (N * draws)
+        metrics["components"] = len(mu)
+        metrics["components_used"] = torch.exp(torch.special.entr(use).sum()).item()
+        arrays |= {"component_mu": mu, "component_logvar": logvar, "component_use": use}
+    return metrics, arrays
+
+
+def _gather(parts):
+    """{layer: (z, q, p)} of all parts of the data, concatenated."""
+    def join(values):
+        if values[0] is None or isinstance(values[0], torch.Tensor):
+            return None if values[0] is None else torch.cat(values)
+        return tuple(join(group) for group in zip(*values))
+    return {name: join([part[name] for part in parts]) for name in parts[0]}
+
+
+def _log_marginals(z, p, prior):
+    """log p(z_d) of each dimension (N, D): of the layer's Gaussian p, or of the prior."""
+    z = z[..., None]
+    if p is not None:
+        return log_normal(z, p[0][..., None], p[1][..., None])
+    if not hasattr(prior, "components"):
+        return log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
+    (mu, logvar), log_w = prior.components(), prior.log_weights()
+    return torch.stack([log_mixture(z[:, d], mu[:, d:d + 1], logvar[:, d:d + 1], log_w)
+                        for d in range(z.shape[1])], dim=1)
+
+
+@torch.no_grad()
+def pictures(model, x, generator, n=40):
+    """Arrays for the figures: images with reconstructions, samples, pseudo-inputs."""
+    images = datasets.pixels(x[:n])
+    return {"images": images, "reconstructions": model.reconstruct(images),
+            "samples": model.sample(64, generator)}
+
+
+@torch.no_grad()
+def pseudo_pictures(model, use, generator, n=40):
+    """The n most used pseudo-inputs, an image that each generates, and their use."""
+    top = use.argsort(descending=True)[:n]
+    mu, logvar = (part[top] for part in model.prior.components())
+    z = mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator, device=mu.device)
+    return {"pseudo_inputs": model.prior.pseudo_inputs()[top],
+            "pseudo_samples": model.generate(z, generator), "pseudo_use": use[top]}
+
+
+def mean_se(values):
+    """{"mean", "se"} of per-image values (N,); se is the standard error over the images."""
+    values = values.double()
+    se = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": values.mean().item(), "se": se}
+
+
+def label(config):
+    """The model's name in tables and figures."""
+    return f"{config.model.upper()} + {PRIORS[config.prior]}"
+
+
+def evaluate(model, data, S, seed=0, progress=True):
+    """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them."""
+    x, began = data.test, time.perf_counter()
+    device = x.device
+    terms = importance_terms(model, x, S, torch.Generator().manual_seed(seed), progress)
+    seconds = {"likelihood": time.perf_counter() - began}
+    generator = torch.Generator(device).manual_seed(seed)
+    statistics, arrays = latent_statistics(model, x, generator)
+    arrays |= pictures(model, x, generator)
+    if hasattr(model.prior, "pseudo_inputs"):
+        arrays |= pseudo_pictures(model, arrays["component_use"], generator)
+    seconds["all"] = time.perf_counter() - began
+    metrics = {"model": model.config.model, "prior": model.config.prior, "label": label(model.config),
+               "dataset": data.name, "note": data.note, "binarize": data.binarize, "samples": S,
+               "seed": seed, "images": len(x), "nll": mean_se(-terms["log_px"])}
+    metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
+    metrics |= statistics
+    metrics |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
+                "device": device.type, "threads": torch.get_num_threads(),
+                "date": time.strftime("%Y-%m-%d"),
+                "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                             "numpy": np.__version__}}
+    arrays = {name: value.detach().cpu().numpy() for name, value in (arrays | terms).items()}
+    arrays = {name: value.astype("float32") for name, value in arrays.items()}
+    arrays["image_shape"] = np.array(data.image_shape)
+    if data.test_labels is not None:
+        arrays["labels"] = data.test_labels.cpu().numpy()
+    return metrics, arrays
+
+
+def load_run(path, data_dir, device):
+    """(model, data, run settings) of a run folder or of a model.pt. ValueError in one line."""
+    path = Path(path)
+    path = path / "model.pt" if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"{path} is missing; train first: python train.py --out {path.parent}")
+    model = load(path, device)
+    try:
+        args = model.extra["run"]["args"]
+        name, binarize, seed = args["dataset"], args["binarize"], args["seed"]
+        data_dir = data_dir or args["data_dir"]
+        assert (type(name), type(binarize), type(seed)) == (str, str, int)
+    except (KeyError, TypeError, AssertionError):
+        raise ValueError(f"{path} does not say which data it was trained on; use train.py's") from None
+    data = datasets.load(name, data_dir, binarize, seed, True, device)
+    if data.test.shape[1] != model.config.x_dim:
+        raise ValueError(f"{path} takes {model.config.x_dim} pixels, {name} has {data.test.shape[1]}")
+    return model, data, path
+
+
+def main(argv=None):
+    torch.set_flush_denormal(True)
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("run", help="run folder that holds model.pt")
+    p.add_argument("--samples", type=int, default=500, metavar="S",
+                   help="importance samples per image; the paper's tables have 5000")
+    p.add_argument("--images", type=int, help="only the first of the test images")
+    p.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    p.add_argument("--data-dir", help="where the data lie, if not where training found them")
+    p.add_argument("--device", choices=DEVICES, default="auto",
+                   help="auto takes cuda, then mps, then cpu")
+    args = p.parse_args(argv)
+    try:
+        for flag in ("samples", "images"):
+            if (value := getattr(args, flag)) is not None and value < 1:
+                raise ValueError(f"--{flag} must be at least 1, got {value}")
+        model, data, path = load_run(args.run, args.data_dir, pick_device(args.device))
+        if args.images:
+            labels = data.test_labels
+            data = replace(data, test=data.test[:args.images],
+                           test_labels=None if labels is None else labels[:args.images])
+        metrics, arrays = evaluate(model, data, args.samples, args.seed)
+        metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
+                    if name in model.extra}
+        metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        write_atomic(path.parent / "arrays.npz", buffer.getvalue())
+        write_atomic(path.parent / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(f"{metrics['label']} on {data.name}: ELBO {metrics['elbo']['mean']:.2f}, "
+          f"NLL {metrics['nll']['mean']:.2f} (S = {args.samples}, {metrics['images']} images)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
