@@ -154,7 +154,6 @@ def download(kind, data_dir, timeout):
     Ends after 3 `timeout` seconds without a new byte, or 30 `timeout` in all. The files come into a
     folder beside the layout first, so that no half of a file is ever found in it.
     """
-    os.makedirs(data_dir, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".download-", dir=data_dir)
     raw, target = (os.path.join(root, kind, "raw") for root in (folder, data_dir))
     failure = []
@@ -202,6 +201,10 @@ def find_or_fetch(name, data_dir, strict, timeout):
     paths, target = locate(kind, data_dir), os.path.join(data_dir, kind, "raw")
     if paths:
         return paths
+    try:
+        os.makedirs(data_dir, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make the data folder {data_dir} ({error.strerror})") from error
     try:
         print(f"downloading {kind} into {target}", file=sys.stderr, flush=True)
         download(kind, data_dir, timeout)
@@ -338,7 +341,8 @@ def read_images(stream, size, seed):
         to = place[start:start + step]
         block = (whole[start:start + step] if fortran
                  else np.frombuffer(stream.read(len(to) * width * dtype.itemsize), dtype))
-        block = block.reshape(len(to), width)  # fails where the file ends early
+        # Fails where the file ends early; a zip member compares its checksum at the last byte.
+        block = block.reshape(len(to), width)
         if dtype == np.uint8:
             x[to] = block
         elif dtype.kind == "b":
@@ -355,8 +359,6 @@ def read_images(stream, size, seed):
                 x = x.astype(np.float32)
                 x /= 255  # exact for the earlier blocks, as they passed the comparison above
             x[to] = levels if x.dtype == np.uint8 else block
-    if stream.read(1):  # at the end a zip member's checksum is compared
-        raise ValueError("longer than its header says")
     if dtype == np.uint8 and x.max() <= 1:
         x *= 255  # black and white saved as 0 and 1
     side = math.isqrt(width)

@@ -36,8 +36,10 @@ LOOKS = {("vae", "standard"): ("#D55E00", "o"), ("vae", "vamp"): ("#0072B2", "s"
          ("hvae", "standard"): ("#E69F00", "^"), ("hvae", "vamp"): ("#009E73", "D")}
 SPARE = (("#CC79A7", "v"), ("#56B4E9", "P"), ("#000000", "X"), ("#999999", "*"))
 # Test NLL on dynamically binarised MNIST in Tomczak & Welling (2018), Table 1.
-PAPER = {("vae", "standard", "mnist", "dynamic"): 84.50, ("vae", "vamp", "mnist", "dynamic"): 82.38,
-         ("hvae", "standard", "mnist", "dynamic"): 82.42, ("hvae", "vamp", "mnist", "dynamic"): 81.24}
+PAPER = {("vae", "standard", "mnist", "dynamic"): 84.50,
+         ("vae", "vamp", "mnist", "dynamic"): 82.38,
+         ("hvae", "standard", "mnist", "dynamic"): 82.42,
+         ("hvae", "vamp", "mnist", "dynamic"): 81.24}
 LOG_COLUMNS = {"epoch", "beta", "seconds", *(f"{split}_{part}" for split in ("train", "val")
                                              for part in ("elbo", "recon", "kl"))}
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
@@ -100,21 +102,22 @@ def words(value, where):
 
 def read_metrics(path):
     """dict: metrics.json of evaluate.py, every field that is drawn or printed checked."""
-    texts, counts = ("model", "prior", "label", "dataset", "note", "binarize"), ("samples", "images", "epochs")
-    stats, layers = ("recon", "kl", "elbo", "nll"), ("active_units", "latent_dims")
-    m = read_json(path, (*texts, *counts, *stats, *layers))
-    optional = ("components", "components_used", "best_epoch",
-                "kl1", "kl2", "mutual_information", "marginal_kl")
+    texts = {"model", "prior", "label", "dataset", "note", "binarize"}
+    counts, stats = {"samples", "images", "epochs"}, {"recon", "kl", "elbo", "nll"}
+    layers = ("active_units", "latent_dims")
+    m = read_json(path, texts | counts | stats | set(layers))
+    counts |= {"components"} & set(m)
+    stats |= {"kl1", "kl2", "mutual_information", "marginal_kl"} & set(m)
     m |= {key: words(m[key], f"{path}: {key}") for key in texts}
     # Only the name of a user's file: the folders above it are nobody's business in a figure.
     m["dataset"] = m["dataset"].replace("\\", "/").rstrip("/").split("/")[-1]
-    for key in (*counts, *(k for k in optional[:3] if k in m)):
+    for key in counts | {"components_used", "best_epoch"} & set(m):
         m[key] = number(m[key], f"{path}: {key}")
-        if key in (*counts, "components"):
-            if m[key] < 1 or m[key] != int(m[key]):
+        if key in counts:
+            if m[key] < 1 or m[key] % 1:
                 raise ValueError(f"{path}: {key} is {m[key]}, not a positive whole number")
             m[key] = int(m[key])
-    for key in (*stats, *(k for k in optional[3:] if k in m)):
+    for key in stats:
         if not isinstance(m[key], dict) or not {"mean", "se"} <= set(m[key]):
             raise ValueError(f"{path}: {key} has no mean and se")
         m[key] = {part: number(m[key][part], f"{path}: {key}.{part}") for part in ("mean", "se")}
@@ -176,8 +179,8 @@ def read_arrays(path, m):
         needed |= {f"kl_per_dim_{layer}": symbol, f"variance_{layer}": symbol}
     mixture = {"component_mu": "KZ", "component_logvar": "KZ", "component_use": "K"}
     pseudo = {"pseudo_inputs": "pD", "pseudo_samples": "pD", "pseudo_use": "p"}
-    needed |= (m["prior"] != "standard") * 1 and mixture
-    needed |= (m["prior"] == "vamp") * 1 and pseudo
+    if m["prior"] != "standard":
+        needed |= mixture | (pseudo if m["prior"] == "vamp" else {})
     known, arrays = {"labels": "N", **mixture, **pseudo, **needed}, {}
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: run evaluate.py on this folder first")
@@ -200,8 +203,8 @@ def read_arrays(path, m):
                 n > 0 and sizes.setdefault(s, n) == n for s, n in zip(known[name], a.shape)):
             raise ValueError(f"{path}: '{name}' has shape {a.shape}, which does not fit the other "
                              "arrays and metrics.json: run evaluate.py again")
-        if name in ("labels", "image_shape") and (a.dtype.kind not in "iu" or a.min() < 0):
-            raise ValueError(f"{path}: '{name}' must hold whole numbers from 0 on")
+        if name in ("labels", "image_shape") and a.dtype.kind not in "iu":
+            raise ValueError(f"{path}: '{name}' must hold whole numbers")
         if not np.isfinite(a).all():
             raise ValueError(f"{path}: '{name}' holds NaN or infinity")
     return arrays
@@ -226,9 +229,9 @@ def read_runs(folders):
 
 
 def distinct_labels(named):
-    """list of str: the labels of (folder name, metrics) pairs, with the name where two are equal."""
+    """list of str: the labels of (folder name, metrics) pairs, with the name if two are equal."""
     labels = [m["label"] for _, m in named]
-    return [label + f" ({name})" * (labels.count(label) > 1)
+    return [f"{label} ({name})" if labels.count(label) > 1 else label
             for label, (name, _) in zip(labels, named)]
 
 
@@ -263,15 +266,18 @@ def save(fig, path):
 
 def source(runs):
     """str: what the figure was measured on, with the data set's note when there is one."""
-    parts = [f"{m['dataset']}, {m['binarize']} binarisation, {m['images']:,} test images"
-             + f": {m['note']}" * bool(m["note"]) for m in (run.metrics for run in runs)]
-    return "   |   ".join([run.label for run in runs][:len(runs) == 1] + list(dict.fromkeys(parts)))
+    parts = [runs[0].label] if len(runs) == 1 else []
+    for m in (run.metrics for run in runs):
+        parts.append(f"{m['dataset']}, {m['binarize']} binarisation, {m['images']:,} test images"
+                     + (f": {m['note']}" if m["note"] else ""))
+    return "   |   ".join(dict.fromkeys(parts))
 
 
 def panels(rows, columns, width, height, runs, title=""):
     """(Figure, (rows * columns,) array of axes) with the source line beneath."""
     fig = Figure(figsize=(width, height), layout="constrained")
-    fig.supxlabel(source(runs), x=0.01, ha="left", **MARGIN)
+    # below the figure's own area, where no legend is laid out; save() widens the cut to it
+    fig.text(0.006, -0.012, source(runs), va="top", **MARGIN)
     if title:
         fig.suptitle(title, fontsize=9.5)
     return fig, fig.subplots(rows, columns, squeeze=False).ravel()
@@ -352,10 +358,12 @@ def latent_panel(ax, run):
     tab10, legend = matplotlib.colormaps["tab10"], {}
     ax.scatter(*((z[:6000] - centre) @ plane).T, s=3, lw=0, alpha=0.75, c=tab10(color[:6000] % 10))
     if 1 < len(classes) <= 20:
-        legend = {str(c): ax.scatter([], [], s=22, color=tab10(i % 10)) for i, c in enumerate(classes)}
+        legend = {str(c): ax.scatter([], [], s=22, color=tab10(i % 10))
+                  for i, c in enumerate(classes)}
     if "component_mu" in run.arrays:
         use = run.arrays["component_use"]
-        most, ring = np.argsort(-use)[:1000], {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
+        most = np.argsort(-use)[:1000]
+        ring = {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
         ax.scatter(*((run.arrays["component_mu"][most] - centre) @ plane).T,
                    s=1 + 45 * use[most] / max(use.max(), 1e-12), **ring)
         legend["prior component,\narea: its use"] = ax.scatter([], [], s=28, **ring)
@@ -381,8 +389,8 @@ def draw_latent(run, path):
 
 
 def finish_curves(ax, part, curves):
-    """None. Names the axes, and limits y to what follows the first tenth, where curves plunge."""
-    late = np.concatenate([values[len(values) // 10:] for values in curves])
+    """None. Names the axes, and limits y to what follows the first fifth, where curves plunge."""
+    late = np.concatenate([values[len(values) // 5:] for values in curves])
     late = late[np.isfinite(late)]
     if len(late):
         margin = max(0.06 * np.ptp(late), 0.05)
@@ -409,7 +417,7 @@ def draw_curves(run, path):
         if len(warm):
             ax.axvspan(epochs[0], warm[-1], color="0.93", lw=0, zorder=0, label="KL warm-up")
         if "best_epoch" in run.metrics:
-            ax.axvline(run.metrics["best_epoch"], color="black", lw=0.7, ls="-.", label="epoch kept")
+            ax.axvline(run.metrics["best_epoch"], color="black", lw=0.7, label="epoch kept")
         finish_curves(ax, part, curves or [epochs * np.nan])
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     save(fig, path)
@@ -465,11 +473,12 @@ def draw_comparison(runs, path):
     """None. Originals in the first row, then one row of reconstructions per model."""
     rows, labels, last = [], [], None
     for run in runs:
-        original, made = (image_rows(run, name, 16, 16)[0] for name in ("images", "reconstructions"))
+        original = image_rows(run, "images", 16, 16)[0]
         # models evaluated on other images get originals of their own
         if last is None or not np.array_equal(original, last):
             rows, labels, last = rows + [original], labels + ["original"], original
-        rows, labels = rows + [made], labels + [run.label]
+        rows += image_rows(run, "reconstructions", 16, 16)
+        labels = labels + [run.label]
     image_grid([rows], labels, "Test images and every model's reconstruction", runs, path)
 
 
@@ -479,15 +488,19 @@ def draw_tradeoff(runs, path):
     x, y = [], []
     for run in runs:
         log, m = run.log, run.metrics
-        near = log["val_elbo"] > max([-1e15, *log["val_elbo"][log["val_elbo"] == log["val_elbo"]]]) - 6
+        # the way from far below would leave the ends, which matter, in one corner
+        near = log["val_elbo"] > np.nan_to_num(log["val_elbo"], nan=-np.inf).max() - 6
         ax.plot(log["val_kl"], log["val_recon"], color=run.color, lw=0.8, alpha=0.6)
         ax.errorbar(m["kl"]["mean"], m["recon"]["mean"], m["recon"]["se"], m["kl"]["se"],
                     fmt=run.marker, color=run.color, ms=7, mec="white", capsize=2, zorder=5,
                     label=f"{run.label}, ELBO {m['elbo']['mean']:.2f}")
         x += [m["kl"]["mean"], *log["val_kl"][near]]
         y += [m["recon"]["mean"], *log["val_recon"][near]]
-    (left, right), (low, high) = ((np.nanmin(v) - pad, np.nanmax(v) + pad) for v, pad in
-                                  ((v, max(0.5, 0.07 * np.ptp(v))) for v in map(np.array, (x, y))))
+    limits = []
+    for values in (x, y):
+        margin = max(0.5, 0.07 * np.ptp(values))
+        limits += [min(values) - margin, max(values) + margin]
+    left, right, low, high = limits
     for level in MaxNLocator(9).tick_values(low - right, high - left):
         ax.plot([left, right], [level + left, level + right], color="0.85", lw=0.7, zorder=0)
         end = min(right, high - level)
@@ -516,22 +529,25 @@ def draw_dynamics(runs, path):
 
 def collapse_message(runs):
     """str: what the recorded numbers say about prior and collapse; the reason only if they do."""
-    by_kind, counts, costs = {(r.metrics["model"], r.metrics["prior"]): r.metrics for r in runs}, [], []
+    kinds = {(run.metrics["model"], run.metrics["prior"]): run.metrics for run in runs}
+    counts, reasons = [], []
     for model in ("vae", "hvae"):
-        pair = [by_kind[model, prior] for prior in ("standard", "vamp") if (model, prior) in by_kind]
-        if len(pair) == 2:
-            top = list(pair[0]["latent_dims"])[-1]
-            fewer, more = (m["active_units"].get(top, 0) for m in pair)
-            counts.append(f"{model.upper()}, {top}: {fewer} and {more} of {pair[0]['latent_dims'][top]}")
-            costs.append([m["marginal_kl"]["mean"] for m in pair if "marginal_kl" in m]
-                         if fewer < more else [])
-    lines = ["Active dimensions under N(0, I) and under the VampPrior: " + "; ".join(counts)] if counts else []
-    if costs and all(len(c) == 2 and c[0] > c[1] for c in costs):
-        lines += [f"N(0, I) charges {' and '.join(f'{c[0]:.1f}' for c in costs)} nats because the codes "
-                  "together are not normal (marginal KL); the VampPrior, a mixture of",
-                  f"posteriors, charges {' and '.join(f'{c[1]:.1f}' for c in costs)}. A dimension stays "
-                  "active only if what it tells is worth its KL: under N(0, I) fewer do."]
-    return "\n".join(lines)
+        plain, vamp = (kinds.get((model, prior)) for prior in ("standard", "vamp"))
+        if not plain or not vamp:
+            continue
+        top = list(plain["latent_dims"])[-1]
+        fewer, more = (m["active_units"].get(top, 0) for m in (plain, vamp))
+        low, high = ((m.get("marginal_kl") or {"mean": 0})["mean"] for m in (vamp, plain))
+        counts.append(f"{fewer} and {more} of {plain['latent_dims'][top]} ({model.upper()}, {top})")
+        if fewer < more and 0 < low < high:
+            reasons.append(f"{high:.1f} against {low:.1f} nats")
+    text = "Active under N(0, I) and under the VampPrior: " + ", ".join(counts) if counts else ""
+    if reasons and len(reasons) == len(counts):
+        text += (
+            "\nThe codes of all images together are not normal, and N(0, I) charges for it "
+            f"(marginal KL: {', '.join(reasons)};\nthe VampPrior is a mixture of posteriors). Only "
+            "a dimension that tells more than it is charged stays active: under N(0, I) fewer do.")
+    return text
 
 
 def draw_active_units(runs, path):
@@ -552,9 +568,9 @@ def draw_active_units(runs, path):
         info, rest = (run.metrics[key]["mean"] for key in ("mutual_information", "marginal_kl"))
         right.barh(i, info, color=run.color)
         right.barh(i, rest, left=info, color=run.color, alpha=0.35, hatch="///", ec="white")
-        right.text(max(info, info + rest), i, f"  {info:.1f} + {rest:.1f}", va="center", fontsize=7.5)
-    right.set(yticks=range(len(split)), yticklabels=[r.label for r in split], xlabel="nats per image",
-              title="KL = mutual information + marginal KL (hatched)")
+        right.text(max(info, info + rest), i, f"  {info:.1f} + {rest:.1f}", va="center")
+    right.set(yticks=range(len(split)), yticklabels=[run.label for run in split],
+              xlabel="nats per image", title="KL = mutual information + marginal KL (hatched)")
     right.invert_yaxis()
     right.margins(x=0.18)
     fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -568,7 +584,7 @@ def draw_latents(runs, path):
     fig, axes = panels(rows, columns, 3 * columns, 3 * rows + 0.9, runs)
     legend = {}
     for ax, run in zip(axes, runs):
-        legend |= {text.replace("\n", " "): artist for text, artist in latent_panel(ax, run).items()}
+        legend |= latent_panel(ax, run)
         ax.set_title(run.label)
     for ax in axes[len(runs):]:
         ax.remove()
@@ -603,15 +619,17 @@ def results_table(named, extra=()):
                              ("nll", "NLL", min)):
         means = [round(m[key]["mean"], 2) for m in metrics]
         compare = best and len(measured) == 1 < len(named)
-        columns[title] = [f"**{stat(m, key)}**" if compare and mean == best(means) else stat(m, key)
-                          for m, mean in zip(metrics, means)]
+        form = [("**{}**" if compare and mean == best(means) else "{}") for mean in means]
+        columns[title] = [f.format(stat(m, key)) for f, m in zip(form, metrics)]
     columns |= dict(extra)
     lines = [table(list(columns), zip(*columns.values())), "",
-             "Nats per image, mean ± standard error over images. Recon and ELBO: higher is better; "
-             "NLL: lower is better. KL is a cost that buys reconstruction and has no best by itself, "
-             "so it is never bold.", ""]
-    lines += [f"Data: {dataset}{f' ({note})' * bool(note)}, {binarize} binarisation, {images:,} test "
-              f"images, S = {samples:,}." for dataset, note, binarize, samples, images in measured]
+             "Nats per image, mean ± standard error over images. Recon and ELBO: higher is "
+             "better; NLL: lower is better. KL is a cost that buys reconstruction and has no best "
+             "by itself, so it is never bold.", ""]
+    for dataset, note, binarize, samples, images in measured:
+        name = f"{dataset} ({note})" if note else dataset
+        lines.append(f"Data: {name}, {binarize} binarisation, {images:,} test images, "
+                     f"S = {samples:,}.")
     if len(measured) > 1:
         lines += ["", "**Warning:** these models were evaluated on different data, image counts or "
                   "sample counts S: their figures cannot be compared, so none is bold."]
@@ -630,7 +648,8 @@ def diagnostics_table(named):
             columns[title] = [stat(m, key) for m in metrics]
     if any("components_used" in m for m in metrics):
         columns["Components in use"] = [
-            "{components_used:.1f} of {components:,}".format(**m)
+            f"{m['components_used']:.1f} of {m['components']:,} "
+            f"({m['components_used'] / m['components']:.0%})"
             if {"components", "components_used"} <= set(m) else "-" for m in metrics]
     return table(list(columns), zip(*columns.values())) + (
         f"\n\nActive units: variance of the posterior mean over the images above {ACTIVE}. "
@@ -642,8 +661,8 @@ def plot_comparison(folder, models):
     found = model_folders(folder)
     missing = [str(folder / name) for name in models or [] if name not in found]
     if missing or not found:
-        raise ValueError(f"no metrics.json in {', '.join(missing) or f'{folder} and its subfolders'}"
-                         ": run evaluate.py on the model first")
+        where = ", ".join(missing) or f"{folder} and its subfolders"
+        raise ValueError(f"no metrics.json in {where}: run evaluate.py on the model first")
     runs = read_runs([found[name] for name in models or found])
     figures = {"comparison": draw_comparison, "tradeoff": draw_tradeoff, "dynamics": draw_dynamics,
                "active_units": draw_active_units, "latents": draw_latents}
@@ -659,10 +678,10 @@ def plot_comparison(folder, models):
 # ---------------------------------------------------------------- README.md
 
 def results_block(folder):
-    """str: the results of the recorded runs beside the paper's likelihoods; "" without any."""
+    """str: the results of the recorded runs beside the paper's likelihoods, "" without any."""
     found = model_folders(folder)
     named = [(name, read_metrics(path / "metrics.json")) for name, path in found.items()]
-    paper = [PAPER.get(tuple(m[k] for k in ("model", "prior", "dataset", "binarize"))) for _, m in named]
+    paper = [PAPER.get((m["model"], m["prior"], m["dataset"], m["binarize"])) for _, m in named]
     minutes = [np.nansum(read_log(path / "log.csv")["seconds"]) / 60 for path in found.values()]
     extra = [("Paper's NLL", [f"{nll:.2f}" if nll else "-" for nll in paper]),
              ("Epochs", [f"{m['epochs']:,}" for _, m in named]),

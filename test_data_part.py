@@ -601,7 +601,7 @@ def test_command_line(tmp_path, capsys):
     assert (tmp_path / "out" / "name").read_text() == user + "\n"
     assert os.listdir(tmp_path / "out") == ["name"]
     for arguments in (["--dataset", "cifar"], ["--dataset", user + ".npz"],
-                      ["--dataset", user, "--out", user + "/x"]):
+                      ["--dataset", user, "--out", user + "/x"], ["--data-dir", user]):
         assert data.main(arguments) == 2
         seen = capsys.readouterr()
         assert seen.out == "" and seen.err.startswith("error: ") and seen.err.count("\n") == 1

@@ -56,15 +56,15 @@ def parse_args(argv=None):
     group.add_argument("--z-dim", type=_int(1), default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
     group.add_argument("--epochs", type=_int(1), default=80, help="epochs of the whole schedule")
-    group.add_argument("--batch-size", type=_int(1), default=250, help="images per step")
-    group.add_argument("--lr", type=_float(0), default=3e-3, help="Adam's highest learning rate")
+    group.add_argument("--batch-size", type=_int(1), default=500, help="images per step")
+    group.add_argument("--lr", type=_float(0), default=8e-3, help="Adam's highest learning rate")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                        help="course of the learning rate to 0, after one epoch of rising")
     group.add_argument("--warmup", type=_int(0), default=10,
                        help="epochs over which beta, the KL's weight, rises to 1")
     group.add_argument("--ema", type=_float(0, 0.99999), default=0.998,
                        help="decay per step of the averaged weights, which are kept; 0: none")
-    group.add_argument("--clip", type=_float(0), default=100.0, help="largest gradient norm")
+    group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm")
     group.add_argument("--patience", type=_int(1), default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
     group.add_argument("--seed", type=_int(0, 2**31), default=0, help="seed of all randomness")
