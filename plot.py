@@ -276,7 +276,7 @@ def source(runs):
 def panels(rows, columns, width, height, runs, title=""):
     """(Figure, (rows * columns,) array of axes) with the source line beneath."""
     fig = Figure(figsize=(width, height), layout="constrained")
-    # below the figure's own area, where no legend is laid out; save() widens the cut to it
+    # below the figure's own area, which the panels fill; save() widens the cut to it
     fig.text(0.006, -0.012, source(runs), va="top", **MARGIN)
     if title:
         fig.suptitle(title, fontsize=9.5)
@@ -389,8 +389,8 @@ def draw_latent(run, path):
 
 
 def finish_curves(ax, part, curves):
-    """None. Names the axes, and limits y to what follows the first fifth, where curves plunge."""
-    late = np.concatenate([values[len(values) // 5:] for values in curves])
+    """None. Names the axes, and limits y to what follows the first epochs, where curves plunge."""
+    late = np.concatenate([v[len(v) // (10 if part == "kl" else 5):] for v in curves])
     late = late[np.isfinite(late)]
     if len(late):
         margin = max(0.06 * np.ptp(late), 0.05)
@@ -511,19 +511,20 @@ def draw_tradeoff(runs, path):
            ylabel="reconstruction (nats per image)",
            title="Points: test, with standard errors. Thin lines: validation, epoch by epoch.\n"
                  "Grey lines: equal ELBO; up and to the left is better.")
-    fig.legend(loc="outside lower center", ncols=2)
+    fig.legend(loc="outside upper center", ncols=2)
     save(fig, path)
 
 
 def draw_dynamics(runs, path):
     """None. Validation ELBO, reconstruction and KL of all models over the epochs."""
-    fig, axes = panels(1, 3, 9, 3.1, runs, "Validation over training")
+    fig, axes = panels(1, 3, 9, 3, runs)
     for ax, part in zip(axes, PARTS):
         for run in runs:
             ax.plot(run.log["epoch"], run.log[f"val_{part}"], color=run.color, lw=1.3, ms=3,
                     marker=run.marker if len(run.log["epoch"]) < 10 else "", label=run.label)
         finish_curves(ax, part, [run.log[f"val_{part}"] for run in runs])
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        ax.set_title(f"validation {PARTS[part]}")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     save(fig, path)
 
 
@@ -552,7 +553,8 @@ def collapse_message(runs):
 
 def draw_active_units(runs, path):
     """None. Variance of the posterior means per dimension, and what the KL is spent on."""
-    fig, (left, right) = panels(1, 2, 9, 4.4, runs, collapse_message(runs))
+    fig, (left, right) = panels(1, 2, 9, 4.2, runs)
+    fig.supxlabel(collapse_message(runs), x=0.006, ha="left", fontsize=8.5)
     for run in runs:
         for layer, n in run.metrics["active_units"].items():
             v = np.sort(run.arrays[f"variance_{layer}"])[::-1]
@@ -573,7 +575,7 @@ def draw_active_units(runs, path):
               xlabel="nats per image", title="KL = mutual information + marginal KL (hatched)")
     right.invert_yaxis()
     right.margins(x=0.18)
-    fig.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     save(fig, path)
 
 

@@ -55,7 +55,7 @@ def parse_args(argv=None):
     group.add_argument("--hidden", type=_int(1), default=300, help="units of a hidden layer")
     group.add_argument("--z-dim", type=_int(1), default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=_int(1), default=80, help="epochs of the whole schedule")
+    group.add_argument("--epochs", type=_int(1), default=60, help="epochs of the whole schedule")
     group.add_argument("--batch-size", type=_int(1), default=500, help="images per step")
     group.add_argument("--lr", type=_float(0), default=8e-3, help="Adam's highest learning rate")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
