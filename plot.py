@@ -492,7 +492,7 @@ def draw_tradeoff(runs, path):
         near = log["val_elbo"] > np.nan_to_num(log["val_elbo"], nan=-np.inf).max() - 6
         ax.plot(log["val_kl"], log["val_recon"], color=run.color, lw=0.8, alpha=0.6)
         ax.errorbar(m["kl"]["mean"], m["recon"]["mean"], m["recon"]["se"], m["kl"]["se"],
-                    fmt=run.marker, color=run.color, ms=7, mec="white", capsize=2, zorder=5,
+                    fmt=run.marker, color=run.color, ms=5, capsize=3, elinewidth=1, zorder=5,
                     label=f"{run.label}, ELBO {m['elbo']['mean']:.2f}")
         x += [m["kl"]["mean"], *log["val_kl"][near]]
         y += [m["recon"]["mean"], *log["val_recon"][near]]

@@ -22,6 +22,7 @@ import torch
 import data as datasets
 import evaluate
 import models
+import plot
 import train
 
 HERE = Path(__file__).parent
@@ -525,3 +526,46 @@ def test_active_units_and_components_in_a_known_case():
     assert m["mutual_information"]["mean"] == pytest.approx(np.log(2), abs=0.01)
     assert m["marginal_kl"]["mean"] == pytest.approx(0, abs=0.01)
     assert a["kl_per_dim_z"].shape == (4,)
+
+
+# --------------------------------------------------------------------------- README and Makefile
+
+
+def test_readme_example_trains_a_foreign_vae():
+    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    assert len(example.splitlines()) <= 20
+    torch.manual_seed(0)
+    names = {}
+    exec(example.replace("range(100)", "range(1)"), names)
+    before = names["elbo"].mean().item()
+    torch.manual_seed(0)
+    exec(example, names)
+    assert names["elbo"].mean().item() > before + 20
+    assert names["samples"].shape == (16, 784)
+    u = names["prior"].u
+    assert 0 <= u.min() and u.max() <= 1 and ((u > 0) & (u < 1)).any()     # they were learned
+
+
+def test_readme_numbers_are_those_of_the_records():
+    text = (HERE / "README.md").read_text()
+    blocks = plot.readme_blocks(HERE / "assets")
+    assert blocks.keys() <= {"results", "speed", "recipe"}
+    for name in ("results", "speed", "recipe"):
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        body = text.partition(begin)[2].partition(end)[0].strip()
+        assert body == blocks.get(name, "").strip(), f"make readme renews the block {name}"
+    for picture in re.findall(r"\]\((assets/[^)]+)\)", text):
+        assert (HERE / picture).exists(), picture
+
+
+def test_make_help_names_every_target():
+    text = subprocess.run(["make", "-C", HERE, "help"], check=True, capture_output=True,
+                          text=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)", (HERE / "Makefile").read_text(), re.M)[1].split()
+    for target in [*phony[:-1], "vae", "vamp", "hvae", "hvamp"]:
+        assert re.search(rf"\b{target}\b", text) or target == "run", target
+
+
+def test_make_refuses_an_unknown_model():
+    done = subprocess.run(["make", "-C", HERE, "all", "MODELS=vqvae"], capture_output=True, text=True)
+    assert done.returncode == 2 and "vqvae" in done.stderr
