@@ -3,7 +3,6 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 MAKEFLAGS += --no-builtin-rules
 .DELETE_ON_ERROR:
-.SECONDARY:
 .DEFAULT_GOAL := help
 
 VENV      ?= .venv
@@ -49,7 +48,7 @@ help:  ## this list
 	@echo '  TRAIN_FLAGS, EVAL_FLAGS (see train.py --help, evaluate.py --help) PYTHON=python3 (no venv)'
 
 all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and compared
-	@$(PYTHON) plot.py --expect assets --models $(MODELS) --jobs $(JOBS)
+	@$(PYTHON) plot.py --expect $(JOBS) --models $(MODELS) --samples $(SAMPLES) $(if $(EPOCHS),--epochs $(EPOCHS))
 	@$(MAKE) --no-print-directory -j$(JOBS) run
 
 $(KNOWN): $(ENV)
@@ -79,14 +78,14 @@ $(RUN)/dataset: | $(ENV)
 	$(PYTHON) data.py --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" $(if $(STRICT),--strict-data) --out $@
 
 # code is no prerequisite: an edited comment must not retrain for an hour
-$(RUN)/%/model.pt: | $(RUN)/dataset
+$(MODELS:%=$(RUN)/%/model.pt): $(RUN)/%/model.pt: | $(RUN)/dataset
 	$(PYTHON) train.py $(FLAGS_$*) --dataset "$$(cat $(RUN)/dataset)" --data-dir "$(DATA_DIR)" --seed $(SEED) \
 	  $(if $(EPOCHS),--epochs $(EPOCHS)) $(TRAIN_FLAGS) --out $(@D) --resume
 
-$(RUN)/%/metrics.json: $(RUN)/%/model.pt
+$(MODELS:%=$(RUN)/%/metrics.json): $(RUN)/%/metrics.json: $(RUN)/%/model.pt
 	$(PYTHON) evaluate.py $(@D) --samples $(SAMPLES) --data-dir "$(DATA_DIR)" $(EVAL_FLAGS)
 
-$(RUN)/%/curves.png: $(RUN)/%/metrics.json
+$(MODELS:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 	$(PYTHON) plot.py $(@D)
 
 # the two-layer models take longest: first, so that no core waits for them at the end

@@ -458,10 +458,10 @@ def plot_model(folder):
     """list of Path: the figures of one model, written into its folder."""
     run, = read_runs([folder])
     figures = {"reconstructions": draw_reconstructions, "samples": draw_samples,
-               "latent": draw_latent, "curves": draw_curves, "likelihood": draw_likelihood,
-               "kl": draw_kl}
+               "latent": draw_latent, "likelihood": draw_likelihood, "kl": draw_kl}
     if {"pseudo_use", "pseudo_samples", "component_use"} <= set(run.arrays):
         figures["pseudo_inputs"] = draw_pseudo_inputs
+    figures["curves"] = draw_curves     # what make waits for: when it stands, all stand
     for name, draw in figures.items():
         draw(run, folder / f"{name}.png")
     return [folder / f"{name}.png" for name in figures]
@@ -778,6 +778,22 @@ def update_readme(path, assets):
     return [path]
 
 
+# ---------------------------------------------------------------- how long it will take
+
+def expectation(assets, models, jobs, epochs=None, samples=None):
+    """str: the time that `models` will need, `jobs` at once, judged by the recorded runs."""
+    spans, found = [0.0] * jobs, model_folders(assets / "runs") if assets.is_dir() else {}
+    metrics = {name: read_metrics(path / "metrics.json") for name, path in found.items()}
+    if missing := [name for name in models if name not in metrics]:
+        return f"no recorded run of {', '.join(missing)} tells how long this will take"
+    for m in sorted((metrics[name] for name in models), key=lambda m: -m["train_seconds"]):
+        span = m["train_seconds"] * (epochs or m["epochs"]) / m["epochs"]
+        spans[spans.index(min(spans))] += span + (
+            m["seconds"]["all"] * (samples or m["samples"]) / m["samples"])
+    return (f"expected: about {max(1, round(max(spans) / 60))} minutes, as on the two slow cores "
+            "of the recorded runs; the progress bars know better")
+
+
 # ---------------------------------------------------------------- command line
 
 def fail(problem):
@@ -796,14 +812,21 @@ def main():
                         help="folder of one evaluated model, or of several")
     parser.add_argument("--models", nargs="+", metavar="NAME",
                         help="which subfolders to compare, in this order (default: all)")
+    parser.add_argument("--expect", type=int, metavar="JOBS",
+                        help="only say how long --models will take, so many at once")
+    parser.add_argument("--epochs", type=int, help="for --expect (default: as recorded)")
+    parser.add_argument("--samples", type=int, help="for --expect (default: as recorded)")
     parser.add_argument("--readme", type=Path, help="renew the generated blocks of this file")
     parser.add_argument("--assets", type=Path, default=Path("assets"),
-                        help="the recorded JSON for --readme (default: %(default)s)")
+                        help="the recorded runs, for --readme and --expect (default: %(default)s)")
     parser.error = fail
     args = parser.parse_args()
     # SIGTERM then unwinds like Ctrl-C, and no partial file stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
+        if args.expect:
+            print(expectation(args.assets, args.models or [], args.expect, args.epochs, args.samples))
+            return
         if (args.folder is None) == (args.readme is None):
             raise ValueError("give either a folder of results or --readme README.md")
         if args.readme:

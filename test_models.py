@@ -103,6 +103,17 @@ def test_log_bernoulli_of_grey_pixels_and_of_large_logits():
     assert torch.autograd.grad(value, logits)[0].tolist() == [1.0, -1.0, 0.0, 0.0]
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("D", [1, 3, 8, 20, 784])
+@pytest.mark.parametrize("spread", [1, 30, 1e4])
+def test_log_bernoulli_without_gradients_takes_a_shorter_way_to_the_same_value(D, spread):
+    x, logits = (randn(4, D) > 0).float(), (spread * randn(3, 4, D, seed=1)).float()
+    exact = td.Independent(td.Bernoulli(logits=logits.double()), 1).log_prob(x.double())
+    value = log_bernoulli(x, logits)
+    assert value.shape == (3, 4)
+    assert ((value - exact).abs() <= 1e-6 * exact.abs() + 2e-7 * D).all()
+
+
 @pytest.mark.parametrize("tile", [1024, 4])
 @pytest.mark.parametrize("weights", ["equal", "learned", "one-hot", "zero"])
 @pytest.mark.parametrize("lead, K, D", [((7,), 5, 3), ((2, 5), 9, 4), ((1,), 1, 1), ((), 5, 2),
