@@ -28,7 +28,7 @@ from evaluate import log_likelihood
 from models import LOG_2PI, Config, log_mixture, write_atomic
 
 MEMORY, SECONDS = 4e9, 60       # a plain form that needs more for one call is left out
-COPIES = {"forward": 3, "forward + backward": 6}    # (B, K, D) tensors that it holds at once
+COPIES = {"forward": 2, "forward + backward": 7}    # (B, K, D) tensors that it holds at once
 NAMES = {"vae": "VAE", "hvae": "HVAE", "standard": "standard", "vamp": "Vamp"}
 
 # ------------------------------------------------------------------------------- the plain forms

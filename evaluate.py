@@ -12,6 +12,7 @@ import io
 import json
 import math
 import platform
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -245,6 +246,8 @@ def main(argv=None):
     p.add_argument("--device", choices=DEVICES, default="auto",
                    help="auto takes cuda, then mps, then cpu")
     args = p.parse_args(argv)
+    # SIGTERM then unwinds like Ctrl-C, and no partial file stays behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         for flag in ("samples", "images"):
             if (value := getattr(args, flag)) is not None and value < 1:
@@ -265,6 +268,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written", file=sys.stderr)
+        return 130
     print(f"{metrics['label']} on {data.name}: ELBO {metrics['elbo']['mean']:.2f}, "
           f"NLL {metrics['nll']['mean']:.2f} (S = {args.samples}, {metrics['images']} images)")
     return 0

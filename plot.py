@@ -120,7 +120,9 @@ def read_metrics(path):
     for key in stats:
         if not isinstance(m[key], dict) or not {"mean", "se"} <= set(m[key]):
             raise ValueError(f"{path}: {key} has no mean and se")
-        m[key] = {part: number(m[key][part], f"{path}: {key}.{part}") for part in ("mean", "se")}
+        # a single image has no standard error: evaluate.py then writes null
+        m[key] = {part: number(m[key][part] if m[key][part] is not None or part == "mean" else 0,
+                               f"{path}: {key}.{part}") for part in ("mean", "se")}
     for key in layers:
         if not isinstance(m[key], dict) or set(m[key]) not in ({"z"}, {"z1", "z2"}) \
                 or set(m[key]) != set(m["active_units"]):
@@ -199,6 +201,8 @@ def read_arrays(path, m):
                          "run evaluate.py again")
     sizes["D"] = math.prod(arrays["image_shape"].ravel().tolist())
     for name, a in arrays.items():
+        if m["images"] == 1 and name.startswith("variance"):
+            a = arrays[name] = np.nan_to_num(a)  # the variance over one image is 0 / 0
         if a.ndim != len(known[name]) or not all(
                 n > 0 and sizes.setdefault(s, n) == n for s, n in zip(known[name], a.shape)):
             raise ValueError(f"{path}: '{name}' has shape {a.shape}, which does not fit the other "
@@ -563,7 +567,7 @@ def draw_active_units(runs, path):
                       label=f"{run.label}, {layer}: {n} of {len(v)} active")
     left.axhline(math.log10(ACTIVE), color="black", lw=0.8, ls="--")
     left.text(1, math.log10(ACTIVE), f"active: variance above {ACTIVE}", fontsize=7, va="bottom")
-    left.set(xlabel="latent dimension, sorted", title="Which dimensions carry information",
+    left.set(xlabel="latent dimension, sorted", title="Which latent dimensions\ncarry information",
              ylabel="log10 variance of the posterior mean")
     split = [r for r in runs if {"mutual_information", "marginal_kl"} <= set(r.metrics)]
     for i, run in enumerate(split):
@@ -572,7 +576,8 @@ def draw_active_units(runs, path):
         right.barh(i, rest, left=info, color=run.color, alpha=0.35, hatch="///", ec="white")
         right.text(max(info, info + rest), i, f"  {info:.1f} + {rest:.1f}", va="center")
     right.set(yticks=range(len(split)), yticklabels=[run.label for run in split],
-              xlabel="nats per image", title="KL = mutual information + marginal KL (hatched)")
+              xlabel="nats per image",
+              title="KL of the top layer = mutual information\n+ marginal KL (hatched)")
     right.invert_yaxis()
     right.margins(x=0.18)
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
@@ -605,7 +610,10 @@ def table(header, rows):
 
 def stat(metrics, key):
     """str: mean and standard error, as in "-81.93 ± 0.24", or "-" when not measured."""
-    return "{mean:.2f} ± {se:.2f}".format(**metrics[key]) if key in metrics else "-"
+    if key not in metrics:
+        return "-"
+    form = "{mean:.2f} ± {se:.2f}" if metrics["images"] > 1 else "{mean:.2f}"
+    return form.format(**metrics[key])
 
 
 def results_table(named, extra=()):
@@ -655,7 +663,8 @@ def diagnostics_table(named):
             if {"components", "components_used"} <= set(m) else "-" for m in metrics]
     return table(list(columns), zip(*columns.values())) + (
         f"\n\nActive units: variance of the posterior mean over the images above {ACTIVE}. "
-        "Components in use: perplexity of the mean responsibilities.")
+        "Mutual information + marginal KL = KL of the top layer. Components in use: perplexity of "
+        "the mean responsibilities.")
 
 
 def plot_comparison(folder, models):

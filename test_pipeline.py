@@ -98,13 +98,20 @@ def made(digits, tmp_path_factory):
     return folder
 
 
-def make(folder, digits, *more):
-    flags = " ".join(TINY[:-2] + ["--device", "cpu"])
-    words = ["make", "-C", HERE, "-j2", "run", f"RUN={folder}", f"DATASET={digits}", "SAMPLES=20",
-             f"PYTHON={sys.executable}", f"TRAIN_FLAGS={flags}", "EPOCHS=4", *more]
-    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    return subprocess.run(words, check=True, capture_output=True, text=True,
-                          env=env | {"MODELS": "vae vamp hvamp", "OMP_NUM_THREADS": "1"})
+def make_words(folder, digits, *more):
+    return ["make", "-C", HERE, "-j2", "run", f"RUN={folder}", f"DATASET={digits}", "SAMPLES=20",
+            f"PYTHON={sys.executable}", f"TRAIN_FLAGS={' '.join(TINY).replace('--epochs 4 ', '')}", "EPOCHS=4", *more]
+
+
+def make_env():
+    """The environment without what an outer make left there."""
+    ours = {"MAKEFLAGS", "MFLAGS", "MAKELEVEL", "RUN", "MODELS", "JOBS", "EVAL_FLAGS", "STRICT"}
+    return {k: v for k, v in os.environ.items() if k not in ours} | {"OMP_NUM_THREADS": "1"}
+
+
+def make(folder, digits):
+    return subprocess.run(make_words(folder, digits, "MODELS=vae vamp hvamp"), check=True,
+                          capture_output=True, text=True, env=make_env())
 
 
 def test_make_trains_evaluates_and_draws_all(made):
@@ -294,6 +301,48 @@ def test_test_images_do_not_enter_training(whole, digits, tmp_path, monkeypatch)
         return data
     monkeypatch.setattr(datasets, "load", without_test)
     assert_same_run(whole, fit(tmp_path / "run", digits))
+
+
+def test_slow_make_interrupted_leaves_no_half_target(digits, tmp_path):
+    """Ctrl-C goes to make and all it runs; the same command goes on and ends with the same run."""
+    def start(folder):
+        return subprocess.Popen(make_words(folder, digits, "MODELS=vamp", "EPOCHS=40"), text=True,
+                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                env=make_env(), start_new_session=True)
+    folder = tmp_path / "often"
+    process = start(folder)
+    wait_for(lambda: (folder / "vamp" / "log.csv").exists(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "--resume" in process.communicate()[1]
+    assert process.returncode != 0
+    assert not (folder / "vamp" / "model.pt").exists() and (folder / "vamp" / "last.pt").exists()
+    for one in (folder, tmp_path / "whole"):
+        assert start(one).wait() == 0
+    assert_same_run(folder / "vamp", tmp_path / "whole" / "vamp")
+    one, two = (json.loads((f / "vamp" / "metrics.json").read_text())
+                for f in (folder, tmp_path / "whole"))
+    for name in ("elbo", "recon", "kl", "nll", "active_units", "components_used"):
+        assert one[name] == two[name]
+
+
+def test_slow_load(tmp_path):
+    """K = 20,000, a million binary images, S = 50,000. Memory: N D bytes of data (784 MB, and once
+    more while it is split), K D floats for u, its gradient, two moments, average and best, and
+    blocks of fixed size."""
+    rng = np.random.default_rng(0)
+    block = rng.integers(0, 2, (10_000, 784), dtype=np.uint8)
+    np.savez(tmp_path / "million.npz", x=np.tile(block, (100, 1)))
+    flags = ["--hidden", "16", "--z-dim", "4", "--pseudo-inputs", "20000", "--batch-size", "20000",
+             "--epochs", "1", "--warmup", "0", "--device", "cpu"]
+    run, data = tmp_path / "run", tmp_path / "million.npz"
+    for words in (["train.py", *flags, "--dataset", str(data), "--out", str(run)],
+                  ["evaluate.py", str(run), "--samples", "50000", "--images", "4"]):
+        done = subprocess.run([sys.executable, *words], cwd=HERE, text=True,
+                              stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        assert "%|" in done.stderr      # progress
+    assert json.loads((run / "metrics.json").read_text())["samples"] == 50_000
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 5_000_000     # kB
 
 
 # -------------------------------------------------------------------------------------- trouble

@@ -52,7 +52,7 @@ def fake_run(folder, model="vae", prior="vamp", nll=82.0, N=300, K=30, D=12, ima
               "elbo": rng.normal(recon - kl, 15, N), "recon": rng.normal(recon, 12, N),
               "kl": rng.normal(kl, 3, N), "log_px": -nll + 12 * rng.standard_gamma(4, N) / -2 + 24}
     for layer in layers:
-        arrays |= {f"variance_{layer}": variance[layer],
+        arrays |= {f"variance_{layer}": variance[layer] if N > 1 else np.full(D, np.nan),
                    f"kl_per_dim_{layer}": kl / D * variance[layer] * 1.5}
     if prior != "standard":
         use = rng.dirichlet(np.ones(K))
@@ -64,7 +64,7 @@ def fake_run(folder, model="vae", prior="vamp", nll=82.0, N=300, K=30, D=12, ima
                    "pseudo_samples": blurred(images[:p]), "pseudo_use": np.sort(use)[::-1][:p]}
     np.savez(folder / "arrays.npz", **arrays)
     def stat(mean, se=0.2):
-        return {"mean": mean, "se": se}
+        return {"mean": mean, "se": se if N > 1 else None}
     name = {"standard": "standard prior", "mog": "mixture prior", "vamp": "VampPrior"}[prior]
     metrics = {"model": model, "prior": prior, "label": label or f"{model.upper()} + {name}",
                "dataset": "mnist", "note": "", "binarize": "dynamic", "samples": 500, "seed": 0,
