@@ -43,7 +43,8 @@ def log_bernoulli(x, logits):
     x in [0, 1]; written with logits because a clamped probability has no gradient beyond its clamp.
     """
     x = x.to(logits.dtype)
-    if not torch.is_grad_enabled() and len(logits) > 1 and ((x == 0) | (x == 1)).all():
+    wide = logits.dtype in (torch.float32, torch.float64)
+    if wide and not torch.is_grad_enabled() and ((x == 0) | (x == 1)).all():
         # one pass of sigmoid, then one logarithm for each product of eight pixels' probabilities
         probs = torch.sigmoid_(logits * (2 * x - 1))
         for _ in range(3):

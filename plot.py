@@ -451,7 +451,8 @@ def draw_kl(run, path):
         order, rank = np.argsort(-kl), np.arange(1, len(kl) + 1)
         active = run.arrays[f"variance_{layer}"][order] > ACTIVE
         for on, color, name in ((active, run.color, "active"), (~active, "0.6", "inactive")):
-            ax.bar(rank[on], kl[order][on], color=color, label=f"{name}: {on.sum()}")
+            # an empty set of bars would forget its colour: these have no height instead
+            ax.bar(rank, np.where(on, kl[order], 0), color=color, label=f"{name}: {on.sum()}")
         ax.set(xlabel=f"dimension of {layer}, sorted", ylabel="KL (nats per image)")
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
         ax.legend(title=f"variance of the posterior mean > {ACTIVE}", title_fontsize=7.5)
@@ -498,8 +499,9 @@ def draw_tradeoff(runs, path):
         ax.errorbar(m["kl"]["mean"], m["recon"]["mean"], m["recon"]["se"], m["kl"]["se"],
                     fmt=run.marker, color=run.color, ms=5, capsize=3, elinewidth=1, zorder=5,
                     label=f"{run.label}, ELBO {m['elbo']['mean']:.2f}")
-        x += [m["kl"]["mean"], *log["val_kl"][near]]
-        y += [m["recon"]["mean"], *log["val_recon"][near]]
+        for seen, part in ((x, "kl"), (y, "recon")):
+            mean, se = m[part]["mean"], m[part]["se"]
+            seen += [mean - se, mean + se, *log[f"val_{part}"][near]]
     limits = []
     for values in (x, y):
         margin = max(0.5, 0.07 * np.ptp(values))
