@@ -32,8 +32,16 @@ FORMAT = 1          # version of the files; a larger one is refused
 # ------------------------------------------------------------------------------------ densities
 
 
+def _wide(t):
+    return t.to(torch.promote_types(t.dtype, torch.float32))
+
+
 def log_normal(x, mu, logvar):
-    """log N(x; mu, exp(logvar)) in nats, summed over the last axis: (..., D) -> (...)."""
+    """log N(x; mu, exp(logvar)) in nats, summed over the last axis: (..., D) -> (...).
+
+    Computed in float32 at least, whatever autocast made of the inputs.
+    """
+    x, mu, logvar = (_wide(t) for t in (x, mu, logvar))
     return -0.5 * (LOG_2PI + logvar + (x - mu).square() * torch.exp(-logvar)).sum(-1)
 
 
@@ -41,10 +49,11 @@ def log_bernoulli(x, logits):
     """log Bernoulli(x; sigmoid(logits)) in nats, summed over the last axis: (..., D) -> (...).
 
     x in [0, 1]; written with logits because a clamped probability has no gradient beyond its clamp.
+    Computed in float32 at least, whatever autocast made of the inputs.
     """
+    logits = _wide(logits)
     x = x.to(logits.dtype)
-    wide = logits.dtype in (torch.float32, torch.float64)
-    if wide and not torch.is_grad_enabled() and ((x == 0) | (x == 1)).all():
+    if not torch.is_grad_enabled() and ((x == 0) | (x == 1)).all():
         # one pass of sigmoid, then one logarithm for each product of eight pixels' probabilities
         probs = torch.sigmoid_(logits * (2 * x - 1))
         for _ in range(3):
@@ -234,7 +243,7 @@ class VampPrior(_Mixture):
         self._encoder = (encoder,)      # a tuple hides it from nn.Module's registration
         self.bounds = bounds
         self.u = nn.Parameter(pseudo_inputs.detach().clone())
-        zeros = torch.zeros(len(pseudo_inputs))
+        zeros = self.u.new_zeros(len(pseudo_inputs))
         self.weight_logits = nn.Parameter(zeros) if learned_weights else None
 
     def pseudo_inputs(self):
@@ -601,8 +610,10 @@ def _check_archive(data):
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         members = archive.infolist()
         names = {m.filename.partition("/")[2].lower() for m in members}     # torch ignores case
-        if len(names) < len(members) or any(m.compress_type != zipfile.ZIP_STORED for m in members):
-            raise ValueError("members repeated or compressed")
+        if len(names) < len(members) or any(m.filename != m.orig_filename for m in members):
+            raise ValueError("members with two names or one name twice")
+        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
+            raise ValueError("compressed members")
         if sum(m.file_size for m in members) > len(data):
             raise ValueError("members larger than the file")
         for member in members:
