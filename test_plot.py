@@ -1,6 +1,6 @@
 """Tests of plot.py by subprocess, on invented runs: every command, every file, the errors.
 
-    pytest test_plot_part.py
+    pytest test_plot.py
 """
 import csv
 import io
