@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= $(shell t=$$(( $(CORES) / $(JOBS) )); echo $$(( t > 0 
 export RUN MODELS DATASET DATA_DIR SEED EPOCHS SAMPLES STRICT TRAIN_FLAGS EVAL_FLAGS
 
 # 5,000 digits make few batches of 500: the recipe for them, with about as many steps
-SMALL := --batch-size 100 --lr 3e-3 --epochs 150 --warmup 20 --patience 30
+SMALL := --batch-size 100 --lr 3e-3 --epochs 80 --warmup 15
 
 ENV := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.stamp)
 FLAGS_vae   := --model vae  --prior standard

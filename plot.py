@@ -836,7 +836,8 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if args.expect:
-            print(expectation(args.assets, args.models or [], args.expect, args.epochs, args.samples))
+            print(expectation(args.assets, args.models or [], args.expect, args.epochs,
+                              args.samples))
             return
         if (args.folder is None) == (args.readme is None):
             raise ValueError("give either a folder of results or --readme README.md")

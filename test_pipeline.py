@@ -99,8 +99,9 @@ def made(digits, tmp_path_factory):
 
 
 def make_words(folder, digits, *more):
-    return ["make", "-C", HERE, "-j2", "run", f"RUN={folder}", f"DATASET={digits}", "SAMPLES=20",
-            f"PYTHON={sys.executable}", f"TRAIN_FLAGS={' '.join(TINY).replace('--epochs 4 ', '')}", "EPOCHS=4", *more]
+    flags = " ".join(TINY).replace("--epochs 4 ", "")
+    return ["make", "-C", HERE, "-j2", "run", f"RUN={folder}", f"DATASET={digits}", "EPOCHS=4",
+            "SAMPLES=20", f"PYTHON={sys.executable}", f"TRAIN_FLAGS={flags}", *more]
 
 
 def make_env():
