@@ -665,8 +665,9 @@ def diagnostics_table(named):
             if {"components", "components_used"} <= set(m) else "-" for m in metrics]
     return table(list(columns), zip(*columns.values())) + (
         f"\n\nActive units: variance of the posterior mean over the images above {ACTIVE}. "
-        "Mutual information + marginal KL = KL of the top layer. Components in use: perplexity of "
-        "the mean responsibilities.")
+        "Mutual information + marginal KL = KL of the top layer; the former is estimated over these "
+        "images, so at most the log of their number. Components in use: perplexity of the mean "
+        "responsibilities.")
 
 
 def plot_comparison(folder, models):
