@@ -112,10 +112,10 @@ readme: $(ENV)  ## renews the generated tables of README.md from assets/
 	$(PYTHON) plot.py --readme README.md --assets assets
 
 test: $(ENV)  ## the tests, in a few minutes
-	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -k "not slow"
+	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile -k "not slow"
 
 test-all: $(ENV)  ## the long ones too: kills, fuzzing, load
-	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q
+	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile
 
 clean:  ## caches and quick runs; results/ and data/ stay
 	rm -rf __pycache__ .pytest_cache .hypothesis results/*-quick
