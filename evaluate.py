@@ -89,11 +89,12 @@ def latent_statistics(model, x, generator, draws=5):
     active_units: units whose posterior mean varies over the data by more than 0.01, per layer; z1's
         posterior mean is taken at the mean of z2.
     mutual_information + marginal_kl = KL of the top layer (Hoffman & Johnson, 2016), both halves by
-        the same draws, with q(z) = 1/N sum_n q(z | x_n) over these images: at most log N.
+        the same draws, with q(z) = 1/N sum_n q(z | x_n) over the first N = 10,000 images: at most
+        log N.
     components_used: perplexity of the mean responsibility of the prior's components.
     kl_per_dim: of the top layer against the prior's one-dimensional marginals.
     """
-    N, top = len(x), model.layers[-1]
+    top = model.layers[-1]
     parts = [datasets.pixels(part) for part in x.split(1000)]
     means = _gather([model.latents(part) for part in parts])
     metrics = {"active_units": {}, "latent_dims": {}}
@@ -102,7 +103,8 @@ def latent_statistics(model, x, generator, draws=5):
     kl_per_dim = {name: 0 for name in model.layers}
     split, z_all = {"mutual_information": 0, "marginal_kl": 0}, []
     for _ in range(draws):
-        drawn = _gather([model.latents(part, generator) for part in parts])
+        # of 10,000 images at most: the aggregate posterior costs the square of their number
+        drawn = _gather([model.latents(part, generator) for part in parts[:10]])
         for name, (z, q, p) in drawn.items():
             log_q = log_normal(z[..., None], q[0][..., None], q[1][..., None])
             kl_per_dim[name] += (log_q - _log_marginals(z, p, prior)).mean(0) / draws
@@ -125,7 +127,7 @@ def latent_statistics(model, x, generator, draws=5):
         with torch.enable_grad():       # d log p(z) / d log w_k is the responsibility of k
             log_w = log_w.detach().requires_grad_()
             total = log_mixture(torch.cat(z_all), mu, logvar, log_w).sum()
-            use = torch.autograd.grad(total, log_w)[0].double() / (N * draws)
+            use = torch.autograd.grad(total, log_w)[0].double() / sum(map(len, z_all))
         metrics["components"] = len(mu)
         metrics["components_used"] = torch.exp(torch.special.entr(use).sum()).item()
         arrays |= {"component_mu": mu, "component_logvar": logvar, "component_use": use}
