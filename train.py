@@ -354,7 +354,7 @@ def mean_image_elbo(data):
 def keep_best(path, average, state, settings):
     """Writes the best weights to `path` and says so."""
     if not state["best"]:
-        return "no epoch at beta = 1 was reached, so no weights are kept"
+        return "no sound epoch at beta = 1 came before, so no weights are kept"
     average.load_state_dict(state["best"])
     save(path, average, run=settings, epochs=state["epoch"], best_epoch=state["best_epoch"],
          train_seconds=sum(row["seconds"] for row in state["history"]))
