@@ -730,7 +730,8 @@ def speed_block(path):
     machine = content["machine"].values() if isinstance(content["machine"], dict) else []
     lines = [f"Measured on {', '.join(map(str, machine))}; torch {content['torch']}, "
              f"{content['threads']} threads; a large matrix product reaches "
-             f"{number(content['gflops'], f'{path}: gflops'):.0f} GFLOP/s. Medians; the record has more cases."]
+             f"{number(content['gflops'], f'{path}: gflops'):.0f} GFLOP/s. "
+             "Medians; the record has more cases."]
     for section, rows in sections.items():
         used = {k: form for k, form in forms.items() if any(r.get(k) is not None for r in rows)}
         body = [[r["case"], *("-" if r.get(k) is None else form(r[k])

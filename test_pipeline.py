@@ -136,6 +136,17 @@ def test_make_trains_evaluates_and_draws_all(made):
     assert not list(made.rglob("*.tmp"))
 
 
+def test_models_made_side_by_side_are_as_if_alone(made, whole, tmp_path):
+    """make -j2, in other processes: the same weights, and the same metrics in whatever order."""
+    assert_same_run(made / "vamp", whole)
+    shutil.copytree(whole, tmp_path / "run")
+    assert evaluated(tmp_path / "run") == 0
+    one, two = (json.loads((folder / "metrics.json").read_text())
+                for folder in (made / "vamp", tmp_path / "run"))
+    for name in ("elbo", "recon", "kl", "nll", "mutual_information", "components_used"):
+        assert one[name] == two[name]
+
+
 def test_make_makes_only_what_is_missing(made, digits):
     before = {p: p.stat().st_mtime_ns for p in made.rglob("*") if p.suffix in (".pt", ".json")}
     (made / "vamp" / "metrics.json").unlink()
