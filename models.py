@@ -423,15 +423,19 @@ class VAE(_Model):
         """What `terms` needs of x whatever the samples: (mu, logvar) of q(z | x)."""
         return self.encode(x)
 
-    def terms(self, x, S=1, generator=None, inferred=None, prior=None):
+    def terms(self, x, S=1, generator=None, inferred=None, prior=None, path_gradient=False):
         """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
 
         recon = log p(x | z), kl = log q(z | x) - log p(z), at the same z ~ q(z | x).
         `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
+        `path_gradient` leaves the score of q out of the gradient (Roeder et al., 2017): its mean is
+        zero, its variance is not. The values are the same.
         """
         mu, logvar = self.infer(x) if inferred is None else inferred
         z = _normal(mu, logvar, generator, (S,))
         recon = log_bernoulli(x, self.decode(z))
+        if path_gradient:
+            mu, logvar = mu.detach(), logvar.detach()
         kl = log_normal(z, mu, logvar) - (prior or self.prior).log_prob(z)
         return {"recon": recon, "kl": kl}
 
@@ -478,18 +482,20 @@ class HVAE(_Model):
     def _q1(self, features, z2):
         return self.q1_head(self.q1_joint(features, self.q1_z2(z2)))
 
-    def terms(self, x, S=1, generator=None, inferred=None, prior=None):
+    def terms(self, x, S=1, generator=None, inferred=None, prior=None, path_gradient=False):
         """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
 
         recon = log p(x | z1, z2), kl1 = log q(z1 | x, z2) - log p(z1 | z2),
         kl2 = log q(z2 | x) - log p(z2), kl = kl1 + kl2; all at the same z2, z1 ~ q.
-        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
+        `inferred`, `prior` and `path_gradient` as in VAE.terms.
         """
         (mu2, logvar2), features = self.infer(x) if inferred is None else inferred
         z2 = _normal(mu2, logvar2, generator, (S,))
         mu1, logvar1 = self._q1(features, z2)
         z1 = _normal(mu1, logvar1, generator)
         recon = log_bernoulli(x, self.decode(z1, z2))
+        if path_gradient:       # z1's score given z2 has mean zero too, also through z2
+            mu1, logvar1, mu2, logvar2 = (t.detach() for t in (mu1, logvar1, mu2, logvar2))
         kl1 = log_normal(z1, mu1, logvar1) - log_normal(z1, *self.p1(z2))
         kl2 = log_normal(z2, mu2, logvar2) - (prior or self.prior).log_prob(z2)
         return {"recon": recon, "kl": kl1 + kl2, "kl1": kl1, "kl2": kl2}

@@ -388,6 +388,32 @@ def test_terms_equal_the_plain_form(model, prior):
         torch.testing.assert_close(cached[name], parts[name], rtol=1e-5, atol=1e-4)
 
 
+@every_cell
+def test_path_gradient_is_the_gradient_less_the_score(model, prior):
+    ours, S = small(model, prior).double(), 3
+    x, weights = uniform(0, 1, 4, 6).round(), randn(S, 4, seed=5)
+    full, path = (ours.terms(x, S, seeded(3), path_gradient=on) for on in (False, True))
+    for name in full:
+        assert torch.equal(full[name], path[name])
+    noise = seeded(3)
+
+    def log_q(mu, logvar):      # of a fixed latent, and that latent
+        eps = torch.randn((S, 4, 2), generator=noise, dtype=torch.double)
+        z = mu + (0.5 * logvar).exp() * eps
+        return normal(z.detach(), mu, logvar), z
+
+    score, z = log_q(*network(ours.encoder, x))
+    if model == "hvae":
+        h = gated(ours.q1_joint, gated(ours.q1_x, x).expand(S, -1, -1), gated(ours.q1_z2, z))
+        score = score + log_q(*head(ours.q1_head, h))[0]
+    of_full, of_path, of_score = (torch.autograd.grad(
+        (value * weights).sum(), list(ours.parameters()), allow_unused=True, materialize_grads=True)
+        for value in (full["kl"], path["kl"], score))
+    assert any(g.abs().max() > 1e-3 for g in of_score)
+    for a, b, c in zip(of_full, of_path, of_score):
+        torch.testing.assert_close(a, b + c)
+
+
 @few
 @given(cell=st.sampled_from(CELLS), S=sizes, B=sizes, K=sizes, D=sizes, seed=st.integers(0, 999),
        scale=st.sampled_from([1.0, 30.0]))

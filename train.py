@@ -57,13 +57,17 @@ def parse_args(argv=None):
     group = p.add_argument_group("optimisation")
     group.add_argument("--epochs", type=_int(1), default=60, help="epochs of the whole schedule")
     group.add_argument("--batch-size", type=_int(1), default=500, help="images per step")
-    group.add_argument("--lr", type=_float(0), default=8e-3, help="Adam's highest learning rate")
+    group.add_argument("--lr", type=_float(0), default=8e-3, help="AdamW's highest learning rate")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                        help="course of the learning rate to 0, after one epoch of rising")
     group.add_argument("--warmup", type=_int(0), default=10,
                        help="epochs over which beta, the KL's weight, rises to 1")
     group.add_argument("--ema", type=_float(0, 0.99999), default=0.998,
                        help="decay per step of the averaged weights, which are kept; 0: none")
+    group.add_argument("--weight-decay", type=_float(0), default=0.1, metavar="W",
+                       help="a step shrinks weight matrices by lr x W (AdamW); not biases, not u")
+    group.add_argument("--full-gradient", action="store_true",
+                       help="keep the encoder's score, of mean zero, in the KL's gradient")
     group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm")
     group.add_argument("--patience", type=_int(1), default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
@@ -186,7 +190,7 @@ def train_epoch(epoch, args, model, average, optimizer, data, beta, tick):
     """One pass over the training set: means of the terms, the gradient's norm, the last rate."""
     generator = epoch_generator(args.seed, epoch, data.train.device)
     order = torch.randperm(len(data.train), generator=generator, device=data.train.device)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = list(model.parameters())
     averaged = list(average.parameters())
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
@@ -195,7 +199,8 @@ def train_epoch(epoch, args, model, average, optimizer, data, beta, tick):
         lr = args.lr * lr_factor(args.schedule, progress, min(1, args.epochs / 2) / args.epochs)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        terms = model.terms(data.batch(index, generator), generator=generator)
+        terms = model.terms(data.batch(index, generator), generator=generator,
+                            path_gradient=not args.full_gradient)
         loss = (beta * terms["kl"] - terms["recon"]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -230,8 +235,14 @@ def start(args, config, data, device):
     model.to(device)
     average = build(config).to(device)
     average.load_state_dict(model.state_dict())
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, betas=(0.9, 0.99),
-                                 fused=device.type != "mps")
+    groups = {True: [], False: []}
+    for p in model.parameters():
+        decays = p.ndim > 1 and all(p is not own for own in model.prior.parameters())
+        groups[decays].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": args.weight_decay},
+         {"params": groups[False], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
     state = {"epoch": 0, "best_elbo": -math.inf, "best_epoch": 0, "history": []}
     return model, average, optimizer, state
 
