@@ -26,7 +26,7 @@ export OMP_NUM_THREADS ?= $(shell t=$$(( $(CORES) / $(JOBS) )); echo $$(( t > 0 
 export RUN MODELS DATASET DATA_DIR SEED EPOCHS SAMPLES STRICT TRAIN_FLAGS EVAL_FLAGS
 
 # 5,000 digits make few batches of 500: the recipe for them, with about as many steps
-SMALL := --batch-size 100 --lr 3e-3 --epochs 80 --warmup 15
+SMALL := --batch-size 100 --lr 3e-3 --ema 0.998 --weight-decay 0.1 --epochs 80 --warmup 15
 
 ENV := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.stamp)
 FLAGS_vae   := --model vae  --prior standard
@@ -59,11 +59,11 @@ $(KNOWN): $(ENV)
 
 quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) --no-print-directory -j$(JOBS) run RUN=$(RUN)-quick SAMPLES=20 \
-	  EPOCHS=2 TRAIN_FLAGS="--warmup 1 --pseudo-inputs 50" EVAL_FLAGS="--images 500"
+	  EPOCHS=2 TRAIN_FLAGS="--batch-size 500 --warmup 1 --pseudo-inputs 50" EVAL_FLAGS="--images 500"
 
 paper: $(ENV)  ## the full protocol, hours: four models, S = 5000
 	@$(MAKE) --no-print-directory -j$(JOBS) run RUN=$(RUN)-paper MODELS="vae vamp hvae hvamp" SAMPLES=5000 \
-	  EPOCHS=$(or $(EPOCHS),400) TRAIN_FLAGS="--warmup 30 $(TRAIN_FLAGS)"
+	  EPOCHS=$(or $(EPOCHS),360) TRAIN_FLAGS="--warmup 30 $(TRAIN_FLAGS)"
 
 # what the targets above chain; real files, so that RUN=... makes only what is missing
 run: $(RUN)/comparison.md

@@ -55,16 +55,16 @@ def parse_args(argv=None):
     group.add_argument("--hidden", type=_int(1), default=300, help="units of a hidden layer")
     group.add_argument("--z-dim", type=_int(1), default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=_int(1), default=60, help="epochs of the whole schedule")
-    group.add_argument("--batch-size", type=_int(1), default=500, help="images per step")
-    group.add_argument("--lr", type=_float(0), default=8e-3, help="AdamW's highest learning rate")
+    group.add_argument("--epochs", type=_int(1), default=100, help="epochs of the whole schedule")
+    group.add_argument("--batch-size", type=_int(1), default=1000, help="images per step")
+    group.add_argument("--lr", type=_float(0), default=1.2e-2, help="AdamW's highest learning rate")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                        help="course of the learning rate to 0, after one epoch of rising")
     group.add_argument("--warmup", type=_int(0), default=10,
                        help="epochs over which beta, the KL's weight, rises to 1")
-    group.add_argument("--ema", type=_float(0, 0.99999), default=0.998,
+    group.add_argument("--ema", type=_float(0, 0.99999), default=0.996,
                        help="decay per step of the averaged weights, which are kept; 0: none")
-    group.add_argument("--weight-decay", type=_float(0), default=0.1, metavar="W",
+    group.add_argument("--weight-decay", type=_float(0), default=0.15, metavar="W",
                        help="a step shrinks weight matrices by lr x W (AdamW); not biases, not u")
     group.add_argument("--full-gradient", action="store_true",
                        help="keep the encoder's score, of mean zero, in the KL's gradient")
