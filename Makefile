@@ -19,6 +19,7 @@ SAMPLES   ?= 500
 STRICT    ?=
 TRAIN_FLAGS ?=
 EVAL_FLAGS  ?=
+TO        ?= runs
 # models train side by side, the cores shared out: faster than one after the other on all cores
 CORES     := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 JOBS      ?= $(shell m=$(words $(MODELS)); echo $$(( m < $(CORES) ? m : $(CORES) )))
@@ -99,13 +100,12 @@ $(RUN)/comparison.md: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(MODELS)) $(
 bench: $(ENV)  ## times each piece against its plain form, into assets/bench.json (about ten minutes)
 	OMP_NUM_THREADS=$(CORES) $(PYTHON) bench.py --out assets/bench.json
 
-record:  ## copies the records and figures of RUN to assets/ and renews the README's tables
+record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the README's tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@for m in $(MODELS); do mkdir -p assets/runs/$$m; \
-	  cp $(RUN)/$$m/{config.json,log.csv,metrics.json} assets/runs/$$m/; done
-	cp $(RUN)/*.png assets/
-	@for m in $(filter vamp hvamp,$(MODELS)); do \
-	  for f in samples pseudo_inputs; do cp $(RUN)/$$m/$$f.png assets/$$m-$$f.png; done; done
+	@for m in $(MODELS); do mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
+	  sed 's|"data_dir": .*|"data_dir": "data",|' $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
+	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
+	  for f in samples pseudo_inputs; do cp $(RUN)/$$m/$$f.png assets/$$m-$$f.png; done; done; fi
 	$(MAKE) --no-print-directory readme
 
 readme: $(ENV)  ## renews the generated tables of README.md from assets/

@@ -767,7 +767,7 @@ def check_rows(content, path, keys):
 def readme_blocks(assets):
     """dict of block name -> Markdown, for the blocks whose record exists under `assets`."""
     assets = Path(assets)
-    blocks = {"results": results_block(assets / "runs")}
+    blocks = {"results": results_block(assets / "runs"), "paper": results_block(assets / "paper")}
     for name, file, block in (("speed", "bench.json", speed_block),
                               ("recipe", "recipe.json", recipe_block)):
         blocks[name] = block(assets / file) if (assets / file).exists() else ""
@@ -779,7 +779,7 @@ def update_readme(path, assets):
     if not assets.is_dir():
         raise FileNotFoundError(f"{assets} is not a folder: give the records by --assets")
     text, blocks = read_text(path), readme_blocks(assets)
-    for name in ("results", "speed", "recipe"):
+    for name in ("results", "paper", "speed", "recipe"):
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if text.count(begin) != text.count(end) or text.count(begin) > 1 \
                 or text.find(end) < text.find(begin):
@@ -804,8 +804,8 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
         span = m["train_seconds"] * (epochs or m["epochs"]) / m["epochs"]
         spans[spans.index(min(spans))] += span + (
             m["seconds"]["all"] * (samples or m["samples"]) / m["samples"])
-    return (f"expected: about {max(1, round(max(spans) / 60))} minutes, as on the two slow cores "
-            "of the recorded runs; the progress bars know better")
+    return (f"expected: about {max(1, round(max(spans) / 60))} minutes, as on the two cores of "
+            "the recorded runs; the progress bars know better")
 
 
 # ---------------------------------------------------------------- command line

@@ -31,6 +31,12 @@ few = settings(deadline=None, derandomize=True, max_examples=30, database=None)
 sizes = st.integers(1, 5)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def denormals():
+    """Another file's tests may have run train.py in this process, which flushes them."""
+    torch.set_flush_denormal(False)
+
+
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 

@@ -612,8 +612,8 @@ def test_readme_example_trains_a_foreign_vae():
 def test_readme_numbers_are_those_of_the_records():
     text = (HERE / "README.md").read_text()
     blocks = plot.readme_blocks(HERE / "assets")
-    assert blocks.keys() <= {"results", "speed", "recipe"}
-    for name in ("results", "speed", "recipe"):
+    assert blocks.keys() <= {"results", "paper", "speed", "recipe"}
+    for name in ("results", "paper", "speed", "recipe"):
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         body = text.partition(begin)[2].partition(end)[0].strip()
         assert body == blocks.get(name, "").strip(), f"make readme renews the block {name}"

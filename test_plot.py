@@ -390,7 +390,8 @@ BENCH = {"machine": {"cpu": "Two-core test machine", "os": "Linux"}, "torch": "2
 RECIPE = {"protocol": "VAE + VampPrior, validation set only.", "rows": [
     {"change": "base", "val_elbo": [-87.31, -87.4, -87.2], "epochs": 60, "kept": True},
     {"change": "no warm-up", "val_elbo": [-88.0], "epochs": 60, "kept": False}]}
-README = ("# Title\n\n<!-- begin results -->\nold\n<!-- end results -->\ntext\n<!-- begin speed -->"
+README = ("# Title\n\n<!-- begin results -->\nold\n<!-- end results -->\ntext\n<!-- begin paper -->\n"
+          "<!-- end paper -->\n<!-- begin speed -->"
           "<!-- end speed -->\n<!-- begin recipe -->\nstale\n<!-- end recipe -->\nend\n")
 
 
@@ -399,6 +400,7 @@ def make_assets(folder):
     for name, prior, nll in (("vamp", "vamp", 81.9), ("vae", "standard", 84.1)):
         fake_run(folder / "runs" / name, prior=prior, nll=nll)
         (folder / "runs" / name / "arrays.npz").unlink()
+    fake_run(folder / "paper" / "hvamp", model="hvae", nll=80.7)
     (folder / "bench.json").write_text(json.dumps(BENCH))
     (folder / "recipe.json").write_text(json.dumps(RECIPE))
     return folder
@@ -416,7 +418,7 @@ def test_readme_blocks_are_renewed(tmp_path):
         assert text.count("Title") == 1 and text.endswith("\nend\n") and "stale" not in text
     assert "| VAE + VampPrior | **-63.90 ± 0.20** | 26.50 ± 0.05 | **-90.40 ± 0.25** | " \
            "**81.90 ± 0.24** | 82.38 | 40 | 10 |" in text
-    assert "| 84.50 | 40 | 10 |" in text
+    assert "| 84.50 | 40 | 10 |" in text and "| 80.70 ± 0.24 | 81.24 |" in text
     assert ("| log p \\| K = 500 | 23.1 ms | 1.51 ms | 15.3 | 14.8 | 15.9 | 7 | 61% | 12 MB | "
             "3.1e-04 | at least 10 |") in text
     assert "| epoch 100 against 2 | 4.1 s | 1.02 | 5 | at most 1.1 |" in text
