@@ -60,7 +60,7 @@ $(KNOWN): $(ENV)
 
 quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) --no-print-directory -j$(JOBS) run RUN=$(RUN)-quick SAMPLES=20 \
-	  EPOCHS=2 TRAIN_FLAGS="--batch-size 500 --warmup 1 --pseudo-inputs 50" EVAL_FLAGS="--images 500"
+	  EPOCHS=2 TRAIN_FLAGS="--batch-size 100 --lr 3e-3 --warmup 1 --pseudo-inputs 50" EVAL_FLAGS="--images 500"
 
 paper: $(ENV)  ## the full protocol, hours: four models, S = 5000
 	@$(MAKE) --no-print-directory -j$(JOBS) run RUN=$(RUN)-paper MODELS="vae vamp hvae hvamp" SAMPLES=5000 \
