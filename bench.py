@@ -1,6 +1,6 @@
 """Times each piece side by side with the plain form, as the field writes it, in one run.
 
-    python bench.py --out bench.json                     # ten minutes on two slow cores
+    python bench.py --out bench.json                     # five to ten minutes on two cores
     python bench.py --sections step likelihood           # parts of it, printed only
 
 Both forms share weights and take turns, after a warm-up, on random images: dense products cost the
