@@ -400,6 +400,17 @@ def test_run_folder_below_a_file(digits, tmp_path, capsys):
     one_line(capsys, "Not a directory")
 
 
+@pytest.mark.parametrize("prior", models.PRIORS)
+def test_weight_decay_takes_weight_matrices_alone(digits, prior):
+    args = train.parse_args([*TINY, "--prior", prior, "--weight-decay", "0.3"])
+    data, device = datasets.load(str(digits)), torch.device("cpu")
+    config = models.Config("vae", prior, 64, 16, 4, 6, True)
+    model, _, optimizer, _ = train.start(args, config, data, device)
+    decay = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        assert decay[p] == (0.3 if name.endswith(".weight") else 0), name
+
+
 def test_learning_rate_of_one_stops_with_advice(digits, tmp_path, capsys):
     fit(tmp_path / "run", digits, "--lr", 1e4, "--warmup", 0, "--clip", 1e9, "--epochs", 50, code=1)
     one_line(capsys, "epoch", "--lr")
