@@ -411,6 +411,17 @@ def test_weight_decay_takes_weight_matrices_alone(digits, prior):
         assert decay[p] == (0.3 if name.endswith(".weight") else 0), name
 
 
+def test_training_takes_path_gradients_unless_told(digits, tmp_path, monkeypatch):
+    seen, terms = [], models.VAE.terms
+    monkeypatch.setattr(models.VAE, "terms", lambda *args, path_gradient=None, **more: (
+        seen.append(path_gradient), terms(*args, path_gradient=bool(path_gradient), **more))[1])
+    fit(tmp_path / "path", digits, "--epochs", 1)
+    assert True in seen and False not in seen       # None: validation
+    seen.clear()
+    fit(tmp_path / "full", digits, "--epochs", 1, "--full-gradient")
+    assert False in seen and True not in seen
+
+
 def test_learning_rate_of_one_stops_with_advice(digits, tmp_path, capsys):
     fit(tmp_path / "run", digits, "--lr", 1e4, "--warmup", 0, "--clip", 1e9, "--epochs", 50, code=1)
     one_line(capsys, "epoch", "--lr")
