@@ -643,6 +643,34 @@ def test_readme_numbers_are_those_of_the_records():
         assert (HERE / picture).exists(), picture
 
 
+def test_readme_claims_of_the_long_runs():
+    found = {p.name: p for p in (HERE / "assets/paper").iterdir()}
+    metrics = {name: json.loads((p / "metrics.json").read_text()) for name, p in found.items()}
+    assert found.keys() == {"vae", "vamp", "hvae", "hvamp"}
+    for name, m in metrics.items():
+        below = plot.PAPER[m["model"], m["prior"], "mnist", "dynamic"] - m["nll"]["mean"]
+        assert below > 0 and (name[0] != "h" or below < m["nll"]["se"]), name
+        assert (m["samples"], m["images"]) == (5000, 10_000)
+    assert metrics["vamp"]["train_seconds"] < 30 * 60
+
+
+@pytest.mark.parametrize("target, folder", [("run", "runs"), ("paper", "paper")])
+def test_recorded_runs_are_those_that_make_makes(target, folder):
+    plan = subprocess.run(["make", "-n", "-C", HERE, target, "RUN=never", "PYTHON=python3"],
+                          env={"PATH": os.environ["PATH"]},      # without what a make above exports
+                          check=True, capture_output=True, text=True).stdout.replace("\\\n", " ")
+    commands = re.findall(r"train\.py (.*)", plan)
+    for command in commands:
+        words = [w for w in command.replace('"', "").split() if w != "$flags"]     # of mnist5k alone
+        args = vars(train.parse_args(words))
+        name = Path(args["out"]).name
+        recorded = json.loads((HERE / "assets" / folder / name / "config.json").read_text())["args"]
+        free = (*train.WHERE, "dataset")
+        assert {k: v for k, v in args.items() if k not in free} == {
+            k: v for k, v in recorded.items() if k not in free}, name
+    assert len(commands) == len(list((HERE / "assets" / folder).iterdir()))
+
+
 def test_make_help_names_every_target():
     text = subprocess.run(["make", "-C", HERE, "help"], check=True, capture_output=True,
                           text=True).stdout
