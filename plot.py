@@ -749,8 +749,9 @@ def recipe_block(path):
             raise ValueError(f"{where} is not a list of numbers")
         elbo = [number(value, where) for value in values]
         spread = f" ± {np.std(elbo, ddof=1):.2f}" if len(elbo) > 1 else ""
-        body.append([row["change"], f"{np.mean(elbo):.2f}{spread}", len(elbo), row["epochs"],
-                     "yes" if row["kept"] else "no"])
+        if not row.get("record_only"):      # the table is short; the rest is in the record
+            body.append([row["change"], f"{np.mean(elbo):.2f}{spread}", len(elbo), row["epochs"],
+                         "yes" if row["kept"] else "no"])
     header = ["Change", "Validation ELBO (± standard deviation)", "Seeds", "Epochs", "Kept"]
     return f"{words(content['protocol'], f'{path}: protocol')}\n\n{table(header, body)}"
 

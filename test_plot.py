@@ -389,7 +389,8 @@ BENCH = {"machine": {"cpu": "Two-core test machine", "os": "Linux"}, "torch": "2
               "peak_mb": None, "error": None, "expected": None}]}
 RECIPE = {"protocol": "VAE + VampPrior, validation set only.", "rows": [
     {"change": "base", "val_elbo": [-87.31, -87.4, -87.2], "epochs": 60, "kept": True},
-    {"change": "no warm-up", "val_elbo": [-88.0], "epochs": 60, "kept": False}]}
+    {"change": "no warm-up", "val_elbo": [-88.0], "epochs": 60, "kept": False},
+    {"change": "tried once", "val_elbo": [-99.0], "epochs": 9, "kept": False, "record_only": True}]}
 README = ("# Title\n\n<!-- begin results -->\nold\n<!-- end results -->\ntext\n<!-- begin paper -->\n"
           "<!-- end paper -->\n<!-- begin speed -->"
           "<!-- end speed -->\n<!-- begin recipe -->\nstale\n<!-- end recipe -->\nend\n")
@@ -424,7 +425,7 @@ def test_readme_blocks_are_renewed(tmp_path):
     assert "| epoch 100 against 2 | 4.1 s | 1.02 | 5 | at most 1.1 |" in text
     assert "231 GFLOP/s" in text and "nobody asked" not in text
     assert "| base | -87.30 ± 0.10 | 3 | 60 | yes |" in text
-    assert "| no warm-up | -88.00 | 1 | 60 | no |" in text
+    assert "| no warm-up | -88.00 | 1 | 60 | no |" in text and "tried once" not in text
 
 
 def test_missing_records_leave_no_numbers(tmp_path):
