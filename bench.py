@@ -334,15 +334,16 @@ def log_mean_exp(values):
 
 
 def likelihood(quick):
-    """log p(x) by importance sampling, per image: ours takes two images and encodes u for these two
-    alone. The error is the difference of the mean estimates, in nats, and checked to be chance."""
+    """log p(x) by importance sampling, per image: ours takes two images a thread and encodes u for
+    these alone. The error is the difference of the mean estimates, in nats, and checked to be chance."""
     S, n, rows = 200 if quick else 5000, 2 if quick else 5, []
+    images = 2 * torch.get_num_threads()
     for name, prior in ((m, p) for m in ("vae", "hvae") for p in ("standard", "vamp")):
         model = prepare(name, prior, 500, quick=quick)[1]
         with torch.no_grad():       # first weights are so wide that no estimate would settle
             for key, p in model.named_parameters():
                 p.mul_(0.1 if "head" in key or "output" in key else 1)
-        x, plain = (torch.rand(2, 784) < 0.2).float(), PlainModel(model)
+        x, plain = (torch.rand(images, 784) < 0.2).float(), PlainModel(model)
         log_w, ours = [], []
         times = compare(lambda: log_w.append(plain_log_weights(plain, x[0], S)),
                         lambda: ours.append(log_likelihood(model, x, S)[0]), n)
@@ -352,8 +353,8 @@ def likelihood(quick):
         if error > 8 * se * math.sqrt(1 + len(log_w) / len(ours)):
             raise ValueError(f"likelihood, {case}: the forms differ by {error:.3g} nats, their "
                              f"noise is {se:.1g}; one of them is wrong")
-        rows.append(new_row("likelihood", case, times, (1, 2), error=error,
-                            flops=likelihood_flops(model, 2, S) / 2,
+        rows.append(new_row("likelihood", case, times, (1, images), error=error,
+                            flops=likelihood_flops(model, images, S) / images,
                             expected="ratio >= 12, " * (prior == "vamp") + "bound >= 50 %"))
     return rows
 

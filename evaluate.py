@@ -15,6 +15,7 @@ import platform
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,35 +37,46 @@ def importance_terms(model, x, S, generator=None, progress=False):
 
     log_px = logsumexp_s log_w - log S, the bound on log p(x) of Burda et al. (2016, eq. 8);
     elbo, recon, kl (kl1, kl2) are means over the same S samples.
-    Every image has its own noise, seeded by its place, and is worked on in passes of CHUNK samples:
-    memory is that of CHUNK x 784 logits whatever S is, and no block size enters the result.
+    Every image has its own noise, seeded by its place, and a thread of its own, which works on it in
+    passes of CHUNK samples: memory is that of CHUNK x 784 logits a thread and of S numbers, and
+    neither block sizes nor the number of threads enter the result.
     """
     base = torch.randint(2**62, (), generator=generator).item()
-    noise = torch.Generator(x.device)
-    prior, result = model.prior.frozen(), {}
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(before if x.device.type == "cpu" else 1)
     bar = tqdm(total=len(x), desc=f"S = {S}", unit="image", disable=not progress, dynamic_ncols=True,
                mininterval=0.5 if sys.stderr.isatty() else 60)
-    for first in range(0, len(x), INFER):
-        block = datasets.pixels(x[first:first + INFER])
-        inferred = model.infer(block)
-        for i in range(len(block)):
-            noise.manual_seed(base + first + i)
-            one = _map(inferred, lambda t: t[i:i + 1])
-            sums, log_w = {}, []
-            for done in range(0, S, CHUNK):
-                terms = model.terms(block[i:i + 1], min(CHUNK, S - done), noise, one, prior)
-                terms = {name: value.double() for name, value in terms.items()}
-                log_w.append((terms["recon"] - terms["kl"]).logsumexp(0))
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0) + value.sum(0)
-            sums = {name: value / S for name, value in sums.items()}
-            sums |= {"elbo": sums["recon"] - sums["kl"],
-                     "log_px": torch.stack(log_w).logsumexp(0) - math.log(S)}
-            for name, value in sums.items():
-                result.setdefault(name, torch.empty(len(x), dtype=torch.float64))[first + i] = value
-            bar.update()
-    bar.close()
-    return result
+    torch.set_num_threads(1)    # images share out better than the small products of one
+    try:
+        prior, result = model.prior.frozen(), {}
+        for first in range(0, len(x), INFER):
+            block = datasets.pixels(x[first:first + INFER])
+            inferred = model.infer(block)
+            jobs = [(block[i:i + 1], _map(inferred, lambda t: t[i:i + 1]), base + first + i)
+                    for i in range(len(block))]
+            for values in pool.map(lambda job: _image_terms(model, prior, S, *job), jobs):
+                for name, value in values.items():
+                    result.setdefault(name, []).append(value)
+                bar.update()
+    finally:
+        torch.set_num_threads(before)
+        pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
+        bar.close()
+    return {name: torch.stack(values) for name, values in result.items()}
+
+
+@torch.no_grad()    # a thread has its own switch of gradients
+def _image_terms(model, prior, S, x, inferred, seed):
+    """What importance_terms says of one image x (1, D): a dict of float64 scalars."""
+    (mu, _), *_ = inferred
+    noise, near = torch.Generator(x.device).manual_seed(seed), prior.around(mu[0])
+    passes = [model.terms(x, min(CHUNK, S - done), noise, inferred, near)
+              for done in range(0, S, CHUNK)]
+    terms = {name: torch.cat([part[name] for part in passes]).cpu().double()
+             for name in passes[0]}
+    log_w = (terms["recon"] - terms["kl"]).squeeze(1)
+    return {name: value.mean() for name, value in terms.items()} | {
+        "elbo": log_w.mean(), "log_px": log_w.logsumexp(0) - math.log(S)}
 
 
 def _map(nested, function):

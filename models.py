@@ -147,18 +147,22 @@ def log_mixture(z, mu, logvar, log_weights=None):
     if mu.ndim != 2 or mu.shape != logvar.shape or z.shape[-1:] != mu.shape[1:] or not len(mu):
         raise ValueError(f"log_mixture: z {tuple(z.shape)}, mu {tuple(mu.shape)} and logvar "
                          f"{tuple(logvar.shape)} do not fit; expected (..., D), (K, D), (K, D)")
-    if log_weights is None:
-        log_weights = mu.new_full(mu.shape[:1], -math.log(len(mu)))
-    elif log_weights.shape != mu.shape[:1]:
+    if log_weights is not None and log_weights.shape != mu.shape[:1]:
         raise ValueError(f"log_mixture: log_weights {tuple(log_weights.shape)}, expected ({len(mu)},)")
-    exact = torch.float32 if z.device.type == "mps" else torch.float64
-    mu, logvar = mu.to(exact), logvar.to(exact)
-    precision = torch.exp(-logvar)
-    coef = torch.cat([-0.5 * precision, mu * precision], dim=1)
-    bias = log_weights.to(exact) - 0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(1)
-    flat = z.reshape(-1, z.shape[-1]).to(exact)
+    coef, bias = _expanded(mu, logvar, log_weights)
+    flat = z.reshape(-1, z.shape[-1]).to(coef.dtype)
     result = _LogMixture.apply(flat, coef, bias).reshape(z.shape[:-1])
     return result.to(torch.promote_types(z.dtype, torch.float32))
+
+
+def _expanded(mu, logvar, log_weights, center=0.0):
+    """coef (K, 2D), bias (K) of `_LogMixture` for z - center, in float64 where the device has it."""
+    exact = torch.float32 if mu.device.type == "mps" else torch.float64
+    mu, logvar = mu.to(exact) - center, logvar.to(exact)
+    log_weights = -math.log(len(mu)) if log_weights is None else log_weights.to(exact)
+    precision = torch.exp(-logvar)
+    coef = torch.cat([-0.5 * precision, mu * precision], dim=1)
+    return coef, log_weights - 0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(1)
 
 
 # --------------------------------------------------------------------------------------- priors
@@ -181,6 +185,10 @@ class StandardPrior(nn.Module):
 
     def frozen(self):
         """A copy for evaluation, without further work per call: this prior itself."""
+        return self
+
+    def around(self, center):
+        """The same density for z near `center`, see MixturePrior: this prior itself."""
         return self
 
 
@@ -225,6 +233,31 @@ class MixturePrior(_Mixture):
 
     def components(self):
         return self.mu, self.logvar
+
+    @torch.no_grad()
+    def around(self, center):
+        """The same density for z near `center` (D,), say samples of one posterior: an object with
+        `log_prob`, without gradients.
+
+        Seen from there the expanded squares of the components that count are small, so products in
+        z's own precision do: with float32, half the work of `log_mixture`.
+        """
+        return _Around(self, center)
+
+
+class _Around:
+    """See MixturePrior.around: sum_k w_k N(z; mu_k, var_k) by z - center, with constants prepared
+    once in float64."""
+
+    def __init__(self, prior, center):
+        self.center = center
+        coef, bias = _expanded(prior.mu, prior.logvar, prior.log_weights(), center)
+        self.coef, self.bias = coef.to(center.dtype), bias.to(center.dtype)
+
+    def log_prob(self, z):
+        """log p(z) in nats: (..., D) -> (...)."""
+        flat = (z - self.center).reshape(-1, z.shape[-1])
+        return _LogMixture.apply(flat, self.coef, self.bias).reshape(z.shape[:-1])
 
 
 class VampPrior(_Mixture):
@@ -420,18 +453,19 @@ class VAE(_Model):
         self.output = _linear(c.hidden, c.x_dim)
 
     def infer(self, x):
-        """What `terms` needs of x whatever the samples: (mu, logvar) of q(z | x)."""
-        return self.encode(x)
+        """What `terms` needs of x whatever the samples: ((mu, logvar) of q(z | x),)."""
+        return (self.encode(x),)
 
     def terms(self, x, S=1, generator=None, inferred=None, prior=None, path_gradient=False):
         """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
 
         recon = log p(x | z), kl = log q(z | x) - log p(z), at the same z ~ q(z | x).
-        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
+        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`, or its `around`) save
+        repeated work.
         `path_gradient` leaves the score of q out of the gradient (Roeder et al., 2017): its mean is
         zero, its variance is not. The values are the same.
         """
-        mu, logvar = self.infer(x) if inferred is None else inferred
+        ((mu, logvar),) = self.infer(x) if inferred is None else inferred
         z = _normal(mu, logvar, generator, (S,))
         recon = log_bernoulli(x, self.decode(z))
         if path_gradient:

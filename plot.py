@@ -93,11 +93,11 @@ def number(value, where):
     raise ValueError(f"{where} is not a finite number")
 
 
-def words(value, where):
-    """str: the value on one line, at most 300 characters. ValueError when it is not a string."""
+def words(value, where, limit=300):
+    """str: the value on one line, at most `limit` characters. ValueError when it is not a string."""
     if not isinstance(value, str):
         raise ValueError(f"{where} is not a string")
-    return " ".join(value.split())[:300]
+    return " ".join(value.split())[:limit]
 
 
 def read_metrics(path):
@@ -753,7 +753,7 @@ def recipe_block(path):
             body.append([row["change"], f"{np.mean(elbo):.2f}{spread}", len(elbo), row["epochs"],
                          "yes" if row["kept"] else "no"])
     header = ["Change", "Validation ELBO (± standard deviation)", "Seeds", "Epochs", "Kept"]
-    return f"{words(content['protocol'], f'{path}: protocol')}\n\n{table(header, body)}"
+    return f"{words(content['protocol'], f'{path}: protocol', 1000)}\n\n{table(header, body)}"
 
 
 def check_rows(content, path, keys):

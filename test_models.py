@@ -306,6 +306,25 @@ def test_frozen_prior_equals_the_live_one(kind, learned, dtype):
     assert torch.equal(frozen.log_prob(z), before)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("reach, low, high, bound", [(3, -6, 2, 1e-2), (2, -4, 1, 5e-4)])
+def test_prior_around_a_center_equals_the_prior(learned, reach, low, high, bound):
+    K, D = 500, 40
+    mu, logvar = uniform(-reach, reach, K, D), uniform(low, high, K, D, seed=1)
+    prior = MixturePrior(mu, logvar, randn(K, seed=2) if learned else None)
+    single = copy.deepcopy(prior).float()
+    for k, spread in ((0, low), (1, high)):
+        z = mu[k] + math.exp(spread / 2) * randn(7, 1, D, seed=3)
+        exact = prior.log_prob(z)
+        torch.testing.assert_close(prior.around(mu[k]).log_prob(z), exact, rtol=1e-12, atol=1e-9)
+        value = single.around(mu[k].float()).log_prob(z.float())
+        exact = prior.log_prob(z.float().double())
+        assert value.dtype == torch.float32 and value.shape == (7, 1) and not value.requires_grad
+        assert (value - exact).abs().max() <= bound
+    standard = StandardPrior(D)
+    assert standard.around(mu[0]) is standard
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_the_encoder_is_held_once_and_copied_with_its_model(model):
     first, z = small(model), randn(4, 2, dtype=torch.float)

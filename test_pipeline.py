@@ -553,6 +553,26 @@ def test_likelihood_does_not_depend_on_blocks(whole, hwhole, digits, monkeypatch
         assert not torch.equal(likelihood(data.test, 4), first)
 
 
+def test_likelihood_does_not_depend_on_threads(hwhole, monkeypatch):
+    model, data, _ = evaluate.load_run(hwhole, None, "cpu")
+    before, found, seen, terms = torch.get_num_threads(), [], set(), model.terms
+
+    def watched(*args):
+        seen.add((torch.is_grad_enabled(), torch.get_num_threads()))
+        return terms(*args)
+    monkeypatch.setattr(model, "terms", watched)
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(evaluate.log_likelihood(model, data.test, 64, torch.Generator().manual_seed(0)))
+            with pytest.raises(RuntimeError):       # also after a failure
+                evaluate.log_likelihood(model, data.test[:, 1:], 64)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found) and seen == {(False, 1)}
+
+
 def test_likelihood_equals_the_plain_estimate(whole, digits):
     """As the field writes it: all samples at once, weights by hand, float64."""
     model, data, _ = evaluate.load_run(whole, None, "cpu")
