@@ -240,7 +240,8 @@ class MixturePrior(_Mixture):
         `log_prob`, without gradients.
 
         Seen from there the expanded squares of the components that count are small, so products in
-        z's own precision do: with float32, half the work of `log_mixture`.
+        z's own precision do: with float32, half the work of `log_mixture`. Unlike its products they
+        follow the caller's TF32, "medium" precision and autocast.
         """
         return _Around(self, center)
 

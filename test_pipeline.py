@@ -573,6 +573,25 @@ def test_likelihood_does_not_depend_on_threads(hwhole, monkeypatch):
     assert torch.equal(*found) and seen == {(False, 1)}
 
 
+def test_likelihood_stops_without_waiting_for_the_block(whole, monkeypatch):
+    model, data, _ = evaluate.load_run(whole, None, "cpu")
+    terms, done = evaluate._image_terms, []
+
+    def counted(*args):
+        done.append(1)
+        return terms(*args)
+
+    class Bar(evaluate.tqdm):
+        def update(self, n=1):
+            raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "_image_terms", counted)
+    monkeypatch.setattr(evaluate, "tqdm", Bar)
+    x = data.test[:1].expand(evaluate.INFER, -1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.log_likelihood(model, x, 2000)
+    assert 0 < len(done) < len(x)
+
+
 def test_likelihood_equals_the_plain_estimate(whole, digits):
     """As the field writes it: all samples at once, weights by hand, float64."""
     model, data, _ = evaluate.load_run(whole, None, "cpu")
