@@ -1,40 +1,53 @@
-"""Times each piece side by side with the plain form, as the field writes it, in one run.
+"""Times each piece beside the plain form, as the field writes it, in one run.
 
     python bench.py --out bench.json                     # five to ten minutes on two cores
     python bench.py --sections step likelihood           # parts of it, printed only
 
 Both forms share weights and take turns, after a warm-up, on random images: dense products cost the
 same whatever they multiply. Medians; the ratio's range is that of neighbouring repeats. The bound
-is the time in which the matrix products alone, counted by formula, would run at the rate of a large
-float32 product, the better of two measurements before and after the section.
+is the time in which the matrix products of our form alone would run at the rate of a large float32
+product, the better of two measurements, before and after the section. Rows of the section "growth"
+compare ours with ours.
 """
-import argparse
+import files
+
+if __name__ == "__main__":
+    files.catch_signals()       # before torch, whose import takes seconds
+
+import copy
 import json
 import math
 import os
 import platform
-import statistics
+import re
 import subprocess
 import sys
 import time
+from statistics import median
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
+import evaluate
 import train
-from evaluate import log_likelihood
-from models import LOG_2PI, Config, log_mixture, write_atomic
+from models import LOG_2PI, Config, GatedDense, GaussianHead, log_mixture
 
+KEYS = ("section case plain ours ratio ratio_low ratio_high n bound_share peak_mb plain_peak_mb "
+        "error expected").split()       # of a row; seconds, MB, nats
 MEMORY, SECONDS = 4e9, 60       # a plain form that needs more for one call is left out
 COPIES = {"forward": 2, "forward + backward": 7}    # (B, K, D) tensors that it holds at once
-NAMES = {"vae": "VAE", "hvae": "HVAE", "standard": "standard", "vamp": "Vamp"}
+CELLS = [(model, prior) for model in ("vae", "hvae") for prior in ("standard", "vamp")]
 
 # ------------------------------------------------------------------------------- the plain forms
 
 
 def log_normal(x, mu, logvar):
+    """log N(x; mu, exp(logvar)) in nats, summed over the last axis: (..., D) -> (...)."""
     return (-0.5 * (LOG_2PI + logvar + (x - mu) ** 2 / torch.exp(logvar))).sum(-1)
 
 
@@ -45,78 +58,56 @@ def broadcast_log_mixture(z, mu, logvar):
 
 
 class Pair(nn.Module):
-    """Two separate linears with the weights of a layer of ours, which stacks them in one matrix."""
+    """A layer of ours, which stacks two linears in one matrix, as two with the same weights."""
 
     def __init__(self, ours):
         super().__init__()
+        self.gated = isinstance(ours, GatedDense)
         n_out, n_in = ours.linear.weight.shape
         self.a, self.b = nn.Linear(n_in, n_out // 2), nn.Linear(n_in, n_out // 2)
         for i, one in enumerate((self.a, self.b)):
             one.load_state_dict({k: v.chunk(2)[i] for k, v in ours.linear.state_dict().items()})
 
-
-class Gated(Pair):
     def forward(self, x):
-        return self.a(x) * torch.sigmoid(self.b(x))
+        a, b = self.a(x), self.b(x)
+        return a * torch.sigmoid(b) if self.gated else (a, F.hardtanh(b, -6.0, 2.0))
 
 
-class Head(Pair):
-    def forward(self, h):
-        return self.a(h), F.hardtanh(self.b(h), -6.0, 2.0)
+def plain_form(ours):
+    """A copy of our model, or of a part of it, with the same weights in plain layers."""
+    if isinstance(ours, (GatedDense, GaussianHead)):
+        return Pair(ours)
+    form = copy.deepcopy(ours)
+    for name, part in ours.named_children():
+        setattr(form, name, plain_form(part))
+    return form
 
 
-def plain_net(ours):
-    return nn.Sequential(*map(Gated, ours.body), Head(ours.head))
-
-
-class PlainModel(nn.Module):
-    """Our VAE or HVAE with the same weights in the plain form.
-
-    Kinder than the authors' code in one point: u is a parameter, not a product with the identity.
-    """
-
-    def __init__(self, ours):
-        super().__init__()
-        self.encoder, self.output = plain_net(ours.encoder), nn.Linear(*ours.output.weight.T.shape)
-        self.output.load_state_dict(ours.output.state_dict())
-        self.two = ours.config.model == "hvae"
-        if self.two:
-            for name in ("q1_x", "q1_z2", "q1_joint", "px_z1", "px_z2", "px_joint"):
-                setattr(self, name, Gated(getattr(ours, name)))
-            self.q1_head, self.p1 = Head(ours.q1_head), plain_net(ours.p1)
-        else:
-            self.decoder = nn.Sequential(*map(Gated, ours.decoder))
-        self.u = None
-        if ours.config.prior == "vamp":
-            self.u = nn.Parameter(ours.prior.u.detach().clone())
-
-    def log_prior(self, z):
-        if self.u is None:
-            return log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
-        return broadcast_log_mixture(z, *self.encoder(self.u.clamp(0, 1)))
-
-    def terms(self, x):
-        """recon and kl in nats, each (B,), at one draw of the latents: x (B, 784)."""
-        mu, logvar = self.encoder(x)
-        z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
-        kl = log_normal(z, mu, logvar) - self.log_prior(z)
-        if self.two:
-            joint = self.q1_joint(torch.cat([self.q1_x(x), self.q1_z2(z)], dim=1))
-            mu1, logvar1 = self.q1_head(joint)
-            z1 = mu1 + torch.exp(0.5 * logvar1) * torch.randn_like(mu1)
-            kl = kl + log_normal(z1, mu1, logvar1) - log_normal(z1, *self.p1(z))
-            hidden = self.px_joint(torch.cat([self.px_z1(z1), self.px_z2(z)], dim=1))
-        else:
-            hidden = self.decoder(z)
-        logits = self.output(hidden)
-        return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1), kl
+def plain_terms(model, x):
+    """recon and kl of a plain_form in nats, each (B,), at one draw of the latents: x (B, 784)."""
+    mu, logvar = model.encoder(x)
+    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    if model.config.prior == "standard":
+        log_p = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
+    else:       # kinder than the authors' code, in which u is a product with the identity
+        log_p = broadcast_log_mixture(z, *model.encoder(model.prior.u.clamp(0, 1)))
+    kl = log_normal(z, mu, logvar) - log_p
+    if model.config.model == "hvae":
+        mu1, logvar1 = model.q1_head(model.q1_joint(torch.cat([model.q1_x(x), model.q1_z2(z)], 1)))
+        z1 = mu1 + torch.exp(0.5 * logvar1) * torch.randn_like(mu1)
+        kl = kl + log_normal(z1, mu1, logvar1) - log_normal(z1, *model.p1(z))
+        hidden = model.px_joint(torch.cat([model.px_z1(z1), model.px_z2(z)], 1))
+    else:
+        hidden = model.decoder(z)
+    logits = model.output(hidden)
+    return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(1), kl
 
 
 def plain_epoch(model, optimizer, grey, batch):
-    """One pass over grey images (N, 784) in [0, 1], drawn afresh; the sum of the losses."""
-    total = 0.0
+    """The sum of the losses of one pass over grey images (N, 784) in [0, 1], drawn afresh."""
+    total = 0
     for index in torch.randperm(len(grey)).split(batch):
-        recon, kl = model.terms(torch.bernoulli(grey[index]))
+        recon, kl = plain_terms(model, torch.bernoulli(grey[index]))
         loss = (kl - recon).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -126,10 +117,11 @@ def plain_epoch(model, optimizer, grey, batch):
 
 
 @torch.no_grad()
-def plain_log_weights(model, x, S):
-    """log p(x, z) - log q(z | x) of an image (784,): (S,), by 100 at a time, each encoded anew."""
-    chunks = [model.terms(x.repeat(100, 1)) for _ in range(0, S, 100)]
-    return torch.cat([recon - kl for recon, kl in chunks])
+def plain_log_likelihood(model, x, S):
+    """log p(x) in nats of an image (784,) from S samples, by 100 at a time, each encoded anew."""
+    chunks = [plain_terms(model, x.repeat(100, 1)) for _ in range(0, S, 100)]
+    log_w = torch.cat([recon - kl for recon, kl in chunks])
+    return log_w.logsumexp(0) - math.log(S)
 
 
 # ------------------------------------------------------------------------------------- measuring
@@ -143,77 +135,86 @@ def seconds(form, calls=1):
     return (time.perf_counter() - began) / calls
 
 
-def measured_gflops(size, repeats=6):
-    """GFLOP/s of the best of several (size, size) float32 products."""
+def product_rate(size):
+    """Floating-point operations a second of the best of six (size, size) float32 products."""
     a, b = torch.randn(2, size, size)
-    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(repeats)) / 1e9
+    return 2 * size**3 / min(seconds(lambda: a @ b) for _ in range(6))
 
 
-def compare(plain, ours, n):
-    """Seconds per call, n times each in turn: {"plain": [n], or [] without it, "ours": [n]}."""
-    forms, calls, times = {"plain": plain, "ours": ours}, {}, {"plain": [], "ours": []}
-    for name, form in forms.items():
-        once = seconds(form) if form else math.inf      # the warm-up: threads, memory, moments
-        if name == "ours" or once <= SECONDS:
-            once = seconds(form) if once < 2 else once
-            calls[name] = max(1, min(200, int(0.05 / once)))    # what is short is timed in bunches
-    for _ in range(n):
-        for name, count in calls.items():
-            times[name].append(seconds(forms[name], count))
-    return times
+def product_work(form):
+    """Floating-point operations of the matrix products in one call, whatever their precision."""
+    # torch's counter sees its own thread only, so the likelihood's images are done in this one
+    here = SimpleNamespace(map=map, shutdown=lambda **flags: None)
+    with mock.patch.object(evaluate, "ThreadPoolExecutor", lambda threads: here):
+        with FlopCounterMode(display=False) as counter:
+            form()
+    return counter.get_total_flops()
 
 
-def new_row(section, case, times, per=(1, 1), **more):
-    """A row as the JSON holds it; `per`: steps or images in one call of plain and of ours.
+def compare(plain, ours, n, units=(1, 1)):
+    """Seconds of plain (n) and of ours (n), which take turns, and our work in matrix products.
 
-    `flops`, the matrix products' work in what `ours` times, becomes a share of the bound in `run`.
+    All are for one of the `units`, steps or images, that a call of plain and a call of ours do.
+    Plain's list is empty where plain is None or too slow.
     """
-    plain, ours = ([t / count for t in times[name]] for name, count in zip(("plain", "ours"), per))
-    ratios = [p / o for p, o in zip(plain, ours)]
-    row = dict.fromkeys("section case plain ours ratio ratio_low ratio_high n bound_share peak_mb "
-                        "plain_peak_mb error expected flops".split())
-    row |= {"section": section, "case": case, "ours": statistics.median(ours), "n": len(ours)}
-    if plain:
-        row |= {"plain": statistics.median(plain), "ratio_low": min(ratios),
-                "ratio_high": max(ratios), "ratio": statistics.median(plain) / row["ours"]}
+    calls, times = {}, ([], [])
+    for i, form in enumerate((plain, ours)):
+        once = seconds(form) if form else math.inf      # the warm-up: threads, memory, moments
+        if form is ours or once <= SECONDS:
+            once = seconds(form) if once < 2 else once
+            calls[i] = max(1, min(200, int(0.05 / once)))       # what is short is timed in bunches
+    for _ in range(n):
+        for i, count in calls.items():
+            times[i].append(seconds((plain, ours)[i], count) / units[i])
+    return *times, product_work(ours) / units[1]
+
+
+def new_row(section, case, ratios, **more):
+    """A row as the JSON holds it, None for what was not measured; `ratios` has one per repeat."""
     print(f"  {section}: {case}", file=sys.stderr, flush=True)
+    row = dict.fromkeys(KEYS) | {"section": section, "case": case, "n": len(ratios)}
+    if ratios:
+        row |= {"ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
     return row | more
 
 
-def growth_row(section, case, growth, **more):
-    """A row that compares ours with ours: its ratio is a growth, not a gain."""
-    return new_row(section, case, {"plain": [], "ours": growth}) | {
-        "ours": None, "ratio": statistics.median(growth), "ratio_low": min(growth),
-        "ratio_high": max(growth), **more}
+def timed_row(section, case, times, **more):
+    """The row of what `compare` returned; bound_share is work per second until `record` divides."""
+    plain, ours, work = times
+    more |= {"n": len(ours), "ours": median(ours), "bound_share": work / median(ours)}
+    if plain:       # the ratio is that of the two times which stand beside it
+        more |= {"plain": median(plain), "ratio": median(plain) / median(ours)}
+    return new_row(section, case, [p / o for p, o in zip(plain, ours)], **more)
 
 
-def peak_mb(form, task, B, K):
-    """MB that one call needs beyond its inputs, in a process of its own; None where unknown."""
+def peak_mb(*call):
+    """MB that a mixture_call needs beyond its inputs, in a process of its own; None off Linux."""
     if not os.path.exists("/proc/self/clear_refs"):
         return None
-    command = [sys.executable, __file__, "--peak", form, task, str(B), str(K)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    code, folder = f"import bench; print(bench.own_peak_mb{call})", os.path.dirname(__file__)
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
     if done.returncode:
-        raise ValueError(f"{' '.join(command[2:])} failed: {done.stderr.strip()[-300:]}")
+        raise ValueError(f"measuring the memory of {call} failed: {done.stderr[-300:]}")
     return float(done.stdout)
 
 
 def own_peak_mb(form, task, B, K):
     """The same of this process: its largest size in the call, less its size before it."""
-    def status(key):
+    def size(key):
         with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) for line in file if line.startswith(key)) / 1024
+            return int(re.search(rf"{key}:\s*(\d+) kB", file.read())[1]) / 1024
 
-    mixture_call(form, task, *mixture_inputs(10, 10))()     # loads libraries, starts threads
-    call = mixture_call(form, task, *mixture_inputs(B, K))
+    mixture_call(form, task, 10, 10)()      # loads libraries, starts threads
+    call = mixture_call(form, task, B, K)
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")         # resets the maximum; getrusage's would be the parent's
-    before = status("VmRSS")
+    before = size("VmRSS")
     call()
-    return status("VmHWM") - before
+    return size("VmHWM") - before
 
 
 # -------------------------------------------------------------------------------------- sections
+# Each takes `quick`, whether tiny sizes do, and returns its rows.
 
 
 def mixture_inputs(B, K, D=40):
@@ -223,8 +224,10 @@ def mixture_inputs(B, K, D=40):
     return z, mu, torch.rand(K, D, generator=generator) * 4 - 4
 
 
-def mixture_call(form, task, *inputs):
+def mixture_call(form, task, B, K):
+    """A function without arguments: one form's density of mixture_inputs, or also its gradients."""
     function = {"plain": broadcast_log_mixture, "ours": log_mixture}[form]
+    inputs = mixture_inputs(B, K)
     if task == "forward":
         return torch.no_grad()(lambda: function(*inputs))
     inputs = [t.requires_grad_() for t in inputs]
@@ -232,145 +235,107 @@ def mixture_call(form, task, *inputs):
 
 
 def mixture(quick):
-    """The log density of a mixture. Ours has float64 products; the bound is the float32 rate."""
+    """Rows of the mixture's log density: our products are float64, the bound's rate float32."""
     B_all, K_all, n = ((20,), (30, 300), 2) if quick else ((100, 500, 5000), (500, 5000, 50000), 5)
     sizes = [(B, K) for K in K_all for B in B_all] + ([] if quick else [(1000, K_all[-1])])
     memory = min(MEMORY, datasets.available_memory() / 2)
     rows, ours = [], {}
     for task in COPIES:
         for B, K in sizes:
-            z, mu, logvar = inputs = mixture_inputs(B, K)
-            more = {"flops": 2 * B * K * 2 * mu.shape[1] * (1 if task == "forward" else 3)}
-            if task == "forward":       # the error of ten rows: float64 by broadcasting is slow
-                exact = [broadcast_log_mixture(one[None].double(), mu.double(), logvar.double())
-                         for one in z[:10]]
-                gap = log_mixture(z, mu, logvar)[:10].double() - torch.cat(exact)
-                more["error"] = gap.abs().max().item()
-            fits = COPIES[task] * 4 * B * mu.numel() <= memory
-            times = compare(mixture_call("plain", task, *inputs) if fits else None,
-                            mixture_call("ours", task, *inputs), n)
+            z, *components = mixture_inputs(B, K)
+            fits = COPIES[task] * 4 * K * z.numel() <= memory
+            plain, call = (mixture_call(form, task, B, K) for form in ("plain", "ours"))
+            times = compare(plain if fits else None, call, n)
+            ours[B, K] = times[1]
+            row = timed_row("mixture", f"{task}, B = {B}, K = {K:,}", times, expected=(
+                "ratio >= 10" if B >= 500 and K == 500 else
+                "peak < 1000 MB" if (B, K) == (1000, 50000) else None))
+            if task == "forward":       # ten of z do: float64 by broadcasting takes much memory
+                exact = broadcast_log_mixture(*(t.double() for t in (z[:10], *components)))
+                row["error"] = (call()[:10] - exact).abs().max().item()
             if not quick or (task, K) == ("forward + backward", K_all[-1]):
-                more["peak_mb"] = peak_mb("ours", task, B, K)
-                more["plain_peak_mb"] = peak_mb("plain", task, B, K) if times["plain"] else None
-            more["expected"] = ("ratio >= 10" if B >= 500 and K == 500 else
-                                "peak < 1000 MB" if (B, K) == (1000, 50000) else None)
-            rows.append(new_row("mixture", f"{task}, B = {B}, K = {K:,}", times, **more))
-            ours[B, K] = times["ours"]
+                row["peak_mb"] = peak_mb("ours", task, B, K)
+                row["plain_peak_mb"] = peak_mb("plain", task, B, K) if row["plain"] else None
+            rows.append(row)
+        low, high = K_all[-2:]
         for B in B_all:
-            low, high = K_all[-2:]
             growth = [b / high / (a / low) for a, b in zip(ours[B, low], ours[B, high])]
-            rows.append(growth_row("mixture", f"{task}, B = {B}, time per component: K = {high:,} "
-                                   f"over {low:,}", growth, expected="ratio about 1"))
+            rows.append(new_row("growth", f"mixture, {task}, B = {B}, time per component: "
+                                f"K = {high:,} over {low:,}", growth, expected="ratio about 1"))
     return rows
 
 
 def prepare(model, prior, n, *flags, quick=False):
-    """What train.py makes of these flags and n random images: (args, model, average, optimizer,
-    data). The images have a black frame as MNIST's: pixels whose weights get no gradient."""
+    """(run, args, data) as train.py makes them of these flags and n random images.
+
+    The images have a black frame as MNIST's do: pixels whose weights get no gradient.
+    """
     small = "--hidden 8 --z-dim 4 --pseudo-inputs 12".split() if quick else []
     args = train.parse_args(["--model", model, "--prior", prior, *map(str, flags), *small])
+    args, _ = train.settle(args, 50_000)        # the recipe for MNIST, however few images these are
     x = torch.zeros(n, 28, 28, dtype=torch.uint8)
     x[:, 4:24, 4:24].random_(0, 256, generator=torch.Generator().manual_seed(0))
     x = x.flatten(1)
     data = datasets.Data("random", "", (28, 28), x, x[:1], x[:1], None, None, None, "dynamic")
     config = Config(args.model, args.prior, 784, args.hidden, args.z_dim, args.pseudo_inputs)
-    return args, *train.start(args, config, data, torch.device("cpu"))[:3], data
-
-
-def our_epoch(args, model, average, optimizer, data, epoch=1):
-    train.train_epoch(epoch, args, model, average, optimizer, data, 1.0, lambda: None)
-
-
-def weight_sizes(model, *prefixes):
-    """Sizes of the linear layers' matrices, summed over the names that begin so."""
-    return sum(p.numel() for name, p in model.named_parameters()
-               if p.ndim == 2 and not name.startswith("prior.") and name.startswith(prefixes or ""))
-
-
-def step_flops(model, batch):
-    """The matrix products' work in a step: forward, and as much for either gradient."""
-    c, first = model.config, weight_sizes(model, "encoder.body.0.", "q1_x.")
-    flops = 2 * batch * (3 * weight_sizes(model) - first)       # images need no gradient
-    if c.prior == "vamp":
-        flops += 3 * 2 * c.components * (weight_sizes(model, "encoder.") + batch * 2 * c.z_dim)
-    return flops
-
-
-def likelihood_flops(model, n, S):
-    """The matrix products' work for the likelihoods of n images: x and u are encoded once."""
-    c, of_x = model.config, weight_sizes(model, "encoder.", "q1_x.")
-    # the half of q1_joint that meets the features of x does so once an image
-    of_x += weight_sizes(model, "q1_joint.") // 2
-    flops = 2 * n * (S * (weight_sizes(model) - of_x) + of_x)
-    if c.prior == "vamp":
-        flops += 2 * c.components * (weight_sizes(model, "encoder.") + n * S * 2 * c.z_dim)
-    return flops
+    return train.start(args, config, data, torch.device("cpu")), args, data
 
 
 def step(quick):
-    """Whole training steps by train.py's own loop and recipe: images drawn, forward, backward,
-    clipping, Adam, weights averaged. The plain form has standard Adam, no clipping, no average."""
-    recipe = train.parse_args([]).batch_size
+    """Rows of a training step by train.py's own loop and recipe: images drawn, forward, backward,
+    clipping, AdamW, weights averaged. The plain form has standard Adam, no clipping, no average."""
+    recipe = train.settle(train.parse_args([]), 50_000)[0].batch_size
     batches, steps, n = ((10,), 2, 2) if quick else (sorted({100, 250, 500, recipe}), 5, 7)
     rows = []
-    for model, prior, batch in ((m, p, b) for m in ("vae", "hvae") for p in ("standard", "vamp")
-                                for b in batches):
-        ours = prepare(model, prior, steps * batch, "--batch-size", batch, quick=quick)
-        plain, grey = PlainModel(ours[1]), ours[-1].train / 255
+    for model, prior, batch in ((*cell, batch) for cell in CELLS for batch in batches):
+        run, args, data = prepare(model, prior, steps * batch, "--batch-size", batch, quick=quick)
+        plain, grey = plain_form(run.model), data.train / 255
         adam = torch.optim.Adam(plain.parameters(), lr=1e-4)
-        times = compare(lambda: plain_epoch(plain, adam, grey, batch), lambda: our_epoch(*ours), n)
-        expected = ["bound >= 85 %"] * (batch == recipe) + ["ratio >= 3"] * (
-            (prior, batch) == ("vamp", 100))
-        rows.append(new_row("step", f"{NAMES[model]}, {NAMES[prior]} prior, batch {batch}", times,
-                            (steps, steps), flops=step_flops(ours[1], batch),
-                            expected=", ".join(expected) or None))
+        times = compare(lambda: plain_epoch(plain, adam, grey, batch),
+                        lambda: train.train_epoch(run, args, data), n, (steps, steps))
+        expected = ("bound >= 85 %" if batch == recipe else
+                    "ratio >= 3" if (prior, batch) == ("vamp", 100) else None)
+        rows.append(timed_row("step", f"{evaluate.label(plain.config)}, batch {batch}", times,
+                              expected=expected))
     return rows
 
 
-def log_mean_exp(values):
-    """log mean exp, and its standard error by the delta method, in nats: (N,) -> two floats."""
-    mean = values.logsumexp(0) - math.log(len(values))
-    return mean.item(), (values - mean).exp().std().item() / math.sqrt(len(values))
-
-
 def likelihood(quick):
-    """log p(x) by importance sampling, per image: ours takes two images a thread and encodes u for
-    these alone. The error is the difference of the mean estimates, in nats, and checked to be chance."""
+    """Rows of log p(x) by importance sampling, per image: ours takes two images a thread, and
+    encodes u for these alone. The error, of the repeats' mean in nats, is chance."""
     S, n, rows = 200 if quick else 5000, 2 if quick else 5, []
     images = 2 * torch.get_num_threads()
-    for name, prior in ((m, p) for m in ("vae", "hvae") for p in ("standard", "vamp")):
-        model = prepare(name, prior, 500, quick=quick)[1]
+    for cell in CELLS:
+        model = prepare(*cell, 500, quick=quick)[0].model
         with torch.no_grad():       # first weights are so wide that no estimate would settle
-            for key, p in model.named_parameters():
-                p.mul_(0.1 if "head" in key or "output" in key else 1)
-        x, plain = (torch.rand(images, 784) < 0.2).float(), PlainModel(model)
-        log_w, ours = [], []
-        times = compare(lambda: log_w.append(plain_log_weights(plain, x[0], S)),
-                        lambda: ours.append(log_likelihood(model, x, S)[0]), n)
-        wanted, se = log_mean_exp(torch.cat(log_w).double())
-        error = abs(log_mean_exp(torch.stack(ours))[0] - wanted)
-        case = f"{NAMES[name]}, {NAMES[prior]} prior, one image, S = {S:,}"
-        if error > 8 * se * math.sqrt(1 + len(log_w) / len(ours)):
-            raise ValueError(f"likelihood, {case}: the forms differ by {error:.3g} nats, their "
-                             f"noise is {se:.1g}; one of them is wrong")
-        rows.append(new_row("likelihood", case, times, (1, images), error=error,
-                            flops=likelihood_flops(model, images, S) / images,
-                            expected="ratio >= 12, " * (prior == "vamp") + "bound >= 50 %"))
+            for name, p in model.named_parameters():
+                p.mul_(0.1 if "head" in name or "output" in name else 1)
+        x, plain = (torch.rand(images, 784) < 0.2).float(), plain_form(model)
+        theirs, ours = [], []
+        times = compare(
+            lambda: theirs.append(plain_log_likelihood(plain, x[0], S)),
+            lambda: ours.append(evaluate.log_likelihood(model, x, S)[0]), n, (1, images))
+        gap = torch.stack(theirs).mean() - torch.stack(ours).mean()
+        rows.append(timed_row("likelihood", f"{evaluate.label(model.config)}, one image, S = {S:,}",
+                              times, error=gap.abs().item(), expected=(
+                                  "ratio >= 12, " * (cell[1] == "vamp") + "bound >= 50 %")))
     return rows
 
 
 def epochs(quick):
-    """A long run of a small model by train.py's loop: do denormal numbers slow it down?
-    It ends after two minutes; the case says how many epochs it was."""
+    """A row of how an epoch's time grows in a long run of a small model, as denormal numbers would
+    make it. The run ends after two minutes; the case says how many epochs it was."""
     count, n = (8, 100) if quick else (100, 2000)
-    run, times = prepare("vae", "vamp", n, "--hidden", 100, "--pseudo-inputs", 100,
-                         "--batch-size", 50, "--epochs", count), []
-    while len(times) < count and (sum(times) < 120 or len(times) < 12):
-        times.append(seconds(lambda: our_epoch(*run, epoch=len(times) + 1)))
-    early, last = statistics.median(times[1:6]), len(times)
-    return [growth_row("epochs", f"VAE, Vamp prior, hidden 100, K = 100, time of an epoch: "
-                       f"{last - 4}-{last} over 2-6", [t / early for t in times[-5:]],
-                       ours=statistics.median(times[-5:]), expected="ratio <= 1.1")]
+    run, args, data = prepare("vae", "vamp", n, "--hidden", 100, "--pseudo-inputs", 100,
+                              "--batch-size", 50, "--epochs", count)
+    times = []
+    while run.epoch < count and (sum(times) < 120 or run.epoch < 12):
+        times.append(seconds(lambda: train.train_epoch(run, args, data)))
+        run.epoch += 1
+    case = (f"{evaluate.label(run.model.config)}, hidden 100, K = 100, time of an epoch: "
+            f"{run.epoch - 4}-{run.epoch} over 2-6")
+    growth = [t / median(times[1:6]) for t in times[-5:]]
+    return [new_row("growth", case, growth, expected="ratio <= 1.1")]
 
 
 SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "epochs": epochs}
@@ -379,80 +344,53 @@ SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "epochs"
 
 
 def machine():
-    """Words on what this runs on."""
+    """A dict of words on what this runs on."""
     name = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as file:
-            name = next((line.split(":", 1)[1].strip() for line in file
-                         if line.startswith("model name")), name)
+            found = re.search(r"model name\s*: (.*)", file.read())
+        name = found[1] if found else name
     return {"processor": name, "cores": f"{os.cpu_count()} cores",
             "os": f"{platform.system()} {platform.release()}"}
 
 
-def print_table(name, rows):
-    """Prints a section's rows, fixed-width; a dash is what was not run or has no meaning."""
-    time_form = "{:.3g} s".format if rows[0]["section"] == "epochs" else (
-        lambda t: f"{t * 1e3:.4g} ms")
-    forms = {"case": str, "plain": time_form, "ours": time_form, "ratio": "{:.2f}".format,
-             "ratio_low": "{:.2f}".format, "ratio_high": "{:.2f}".format, "n": str,
-             "bound_share": "{:.0%}".format, "plain_peak_mb": "{:.0f}".format,
-             "peak_mb": "{:.0f}".format, "error": "{:.0e}".format, "expected": str}
-    used = {key: form for key, form in forms.items() if any(row[key] is not None for row in rows)}
-    cells = [list(used)] + [["-" if row[k] is None else form(row[k]) for k, form in used.items()]
-                            for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    print(f"\n{name}")
-    for first, *others in cells:
-        print(first.ljust(widths[0]), *(c.rjust(w) for c, w in zip(others, widths[1:])), sep="  ")
-    sys.stdout.flush()
-
-
-def run(sections, quick):
-    """Times the sections and prints them: the record as a dict, in seconds, MB and nats."""
+def record(sections, quick):
+    """The record (a dict) of the sections, which it times and prints, a line per row."""
     rows, size = [], 256 if quick else 2048
-    rates = [measured_gflops(size)]
+    rates = [product_rate(size)]
     for name in sections:
         found = SECTIONS[name](quick)
-        rates.append(measured_gflops(size))
+        rates.append(product_rate(size))
         for row in found:
-            if flops := row.pop("flops"):
-                row["bound_share"] = flops / 1e9 / max(rates[-2:]) / row["ours"]
-        print_table(name, found)
+            if row["bound_share"] is not None:
+                row["bound_share"] /= max(rates[-2:])
+            words = [f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+                     for key, value in list(row.items())[2:] if value is not None]
+            print(f"{row['section']}: {row['case']}: {', '.join(words)}", flush=True)
         rows += found
-    print(f"\n{max(rates):.0f} GFLOP/s in float32 products of size {size}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{max(rates) / 1e9:.0f} GFLOP/s in float32 products of size {size}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds, MB, nats")
     return {"machine": machine(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-            "date": time.strftime("%Y-%m-%d"), "gflops": max(rates), "rows": rows}
+            "date": time.strftime("%Y-%m-%d"), "gflops": max(rates) / 1e9, "rows": rows}
 
 
+@files.command
 def main(argv=None):
     torch.set_flush_denormal(True)      # as train.py and evaluate.py do, for both forms
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = files.Parser(__doc__.split("\n")[0])
     p.add_argument("--out", metavar="FILE.json", help="where the record goes, besides the terminal")
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS),
                    help="what to time")
-    p.add_argument("--peak", nargs=4, help=argparse.SUPPRESS)   # see peak_mb
     args = p.parse_args(argv)
-    try:
-        if args.peak:
-            form, task, B, K = args.peak
-            print(own_peak_mb(form, task, int(B), int(K)))
-            return 0
-        # before ten minutes of work, not after
-        if args.out and not os.access(os.path.dirname(args.out) or ".", os.W_OK):
-            raise ValueError(f"{args.out} cannot be written; give --out in a folder that can")
-        torch.manual_seed(0)
-        record = run(args.sections, args.quick)
-        if args.out:
-            write_atomic(args.out, json.dumps(record, indent=1) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    folder = os.path.join(os.path.dirname(args.out or "") or ".", "")   # the last / wants a folder
+    # before ten minutes of work, not after
+    if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):
+        raise ValueError(f"{args.out} cannot be written; give --out a file in a folder that can")
+    torch.manual_seed(0)
+    content = record(args.sections, args.quick)
+    if args.out:
+        files.write_atomic(args.out, json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

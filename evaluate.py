@@ -6,13 +6,17 @@
 Reads model.pt in the run folder; writes arrays.npz (all that plot.py draws) and then metrics.json.
 All numbers are nats per image, sums are float64, standard errors are over the test images.
 """
+import files
+
+if __name__ == "__main__":
+    files.catch_signals()       # before torch, whose import takes seconds
+
 import argparse
 import hashlib
 import io
 import json
 import math
 import platform
-import signal
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -21,31 +25,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data as datasets
-from models import DEVICES, PRIORS, load, log_mixture, log_normal, pick_device, write_atomic
+from models import (DEVICES, PRIORS, StandardPrior, build, by_coefficients, log_mixture, log_normal,
+                    mixture_coefficients, pick_device)
 
 CHUNK = 1000        # samples of one image in one pass: large enough for the matrix products
 INFER = 100         # images encoded at once
 ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
 
 
+# ----------------------------------------------------------------------------------- likelihood
+
+
 @torch.no_grad()
-def importance_terms(model, x, S, generator=None, progress=False):
+def importance_terms(model, x, S, generator=None, tick=lambda: None):
     """Importance-sampling estimates per image, in nats: a dict of (N,) float64 tensors on the CPU.
 
     log_px = logsumexp_s log_w - log S, the bound on log p(x) of Burda et al. (2016, eq. 8);
     elbo, recon, kl (kl1, kl2) are means over the same S samples.
     Every image has its own noise, seeded by its place, and a thread of its own, which works on it in
     passes of CHUNK samples: memory is that of CHUNK x 784 logits a thread and of S numbers, and
-    neither block sizes nor the number of threads enter the result.
+    neither block sizes nor the number of threads enter the result. `tick` is called after each.
     """
     base = torch.randint(2**62, (), generator=generator).item()
     before = torch.get_num_threads()
     pool = ThreadPoolExecutor(before if x.device.type == "cpu" else 1)
-    bar = tqdm(total=len(x), desc=f"S = {S}", unit="image", disable=not progress, dynamic_ncols=True,
-               mininterval=0.5 if sys.stderr.isatty() else 60)
     torch.set_num_threads(1)    # images share out better than the small products of one
     try:
         prior, result = model.prior.frozen(), {}
@@ -57,11 +62,10 @@ def importance_terms(model, x, S, generator=None, progress=False):
             for values in pool.map(lambda job: _image_terms(model, prior, S, *job), jobs):
                 for name, value in values.items():
                     result.setdefault(name, []).append(value)
-                bar.update()
+                tick()
     finally:
         torch.set_num_threads(before)
         pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
-        bar.close()
     return {name: torch.stack(values) for name, values in result.items()}
 
 
@@ -69,7 +73,8 @@ def importance_terms(model, x, S, generator=None, progress=False):
 def _image_terms(model, prior, S, x, inferred, seed):
     """What importance_terms says of one image x (1, D): a dict of float64 scalars."""
     (mu, _), *_ = inferred
-    noise, near = torch.Generator(x.device).manual_seed(seed), prior.around(mu[0])
+    noise = torch.Generator(x.device).manual_seed(seed)
+    near = prior if isinstance(prior, StandardPrior) else Around(prior, mu[0])
     passes = [model.terms(x, min(CHUNK, S - done), noise, inferred, near)
               for done in range(0, S, CHUNK)]
     terms = {name: torch.cat([part[name] for part in passes]).cpu().double()
@@ -77,6 +82,24 @@ def _image_terms(model, prior, S, x, inferred, seed):
     log_w = (terms["recon"] - terms["kl"]).squeeze(1)
     return {name: value.mean() for name, value in terms.items()} | {
         "elbo": log_w.mean(), "log_px": log_w.logsumexp(0) - math.log(S)}
+
+
+class Around:
+    """A frozen mixture prior's density for z near `center` (D,), say the samples of one posterior.
+
+    Seen from there the expanded squares of the components that count are small, so products in z's
+    own precision do: with float32, half the work of `log_mixture`. The constants are prepared in
+    float64. Unlike log_mixture's products they follow the caller's TF32, "medium" precision and
+    autocast.
+    """
+
+    def __init__(self, prior, center):
+        parts = mixture_coefficients(*prior.components(), prior.log_pi(), center=center)
+        self.center, (self.coef, self.bias) = center, (part.to(center.dtype) for part in parts)
+
+    def log_prob(self, z):
+        """log p(z) in nats: (..., D) -> (...)."""
+        return by_coefficients(z - self.center, self.coef, self.bias)
 
 
 def _map(nested, function):
@@ -94,15 +117,15 @@ def log_likelihood(model, x, S, generator=None):
     return importance_terms(model, x, S, generator)["log_px"]
 
 
+# ------------------------------------------------------------------------ latents and pictures
+
+
 @torch.no_grad()
 def latent_statistics(model, x, generator, draws=5):
     """What the latents hold, over the images x (N, D): (metrics, arrays) as dicts.
 
     active_units: units whose posterior mean varies over the data by more than 0.01, per layer; z1's
         posterior mean is taken at the mean of z2.
-    mutual_information + marginal_kl = KL of the top layer (Hoffman & Johnson, 2016), both halves by
-        the same draws, with q(z) = 1/N sum_n q(z | x_n) over the first N = 10,000 images: at most
-        log N.
     components_used: perplexity of the mean responsibility of the prior's components.
     kl_per_dim: of the top layer against the prior's one-dimensional marginals.
     """
@@ -112,34 +135,27 @@ def latent_statistics(model, x, generator, draws=5):
     metrics = {"active_units": {}, "latent_dims": {}}
     arrays = {"latent_means": means[top][1][0]}
     prior = model.prior.frozen()
-    kl_per_dim = {name: 0 for name in model.layers}
-    split, z_all = {"mutual_information": 0, "marginal_kl": 0}, []
+    kl_per_dim, z_all = {name: 0 for name in model.layers}, []
     for _ in range(draws):
-        # of 10,000 images at most: the aggregate posterior costs the square of their number
-        drawn = _gather([model.latents(part, generator) for part in parts[:10]])
+        drawn = _gather([model.latents(part, generator) for part in parts])
         for name, (z, q, p) in drawn.items():
             log_q = log_normal(z[..., None], q[0][..., None], q[1][..., None])
             kl_per_dim[name] += (log_q - _log_marginals(z, p, prior)).mean(0) / draws
-        z, q, _ = drawn[top]
-        log_q, log_p, log_aggregate = log_normal(z, *q), prior.log_prob(z), log_mixture(z, *q)
-        split["mutual_information"] += (log_q - log_aggregate).double() / draws
-        split["marginal_kl"] += (log_aggregate - log_p).double() / draws
-        z_all.append(z)
+        z_all.append(drawn[top][0])
     for name in model.layers:
         variance = means[name][1][0].double().var(0)
         metrics["active_units"][name] = int((variance > ACTIVE).sum())
         metrics["latent_dims"][name] = len(variance)
         arrays |= {f"variance_{name}": variance, f"kl_per_dim_{name}": kl_per_dim[name]}
-    metrics |= {name: mean_se(value) for name, value in split.items()}
     if model.config.prior != "standard":
         mu, logvar = prior.components()
-        log_w = prior.log_weights()
-        if log_w is None:
-            log_w = torch.full_like(mu[:, 0], -math.log(len(mu)))
-        with torch.enable_grad():       # d log p(z) / d log w_k is the responsibility of k
-            log_w = log_w.detach().requires_grad_()
-            total = log_mixture(torch.cat(z_all), mu, logvar, log_w).sum()
-            use = torch.autograd.grad(total, log_w)[0].double() / sum(map(len, z_all))
+        log_pi = prior.log_pi()
+        if log_pi is None:
+            log_pi = torch.full_like(mu[:, 0], -math.log(len(mu)))
+        with torch.enable_grad():       # d log p(z) / d log pi_k is the responsibility of k
+            log_pi = log_pi.detach().requires_grad_()
+            total = log_mixture(torch.cat(z_all), mu, logvar, log_pi).sum()
+            use = torch.autograd.grad(total, log_pi)[0].double() / sum(map(len, z_all))
         metrics["components"] = len(mu)
         metrics["components_used"] = torch.exp(torch.special.entr(use).sum()).item()
         arrays |= {"component_mu": mu, "component_logvar": logvar, "component_use": use}
@@ -157,18 +173,16 @@ def _gather(parts):
 
 def _log_marginals(z, p, prior):
     """log p(z_d) of each dimension (N, D): of the layer's Gaussian p, or of the prior."""
+    mu, logvar = p or prior.components()
     z = z[..., None]
-    if p is not None:
-        return log_normal(z, p[0][..., None], p[1][..., None])
-    if not hasattr(prior, "components"):
-        return log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
-    (mu, logvar), log_w = prior.components(), prior.log_weights()
-    return torch.stack([log_mixture(z[:, d], mu[:, d:d + 1], logvar[:, d:d + 1], log_w)
+    if p or len(mu) == 1:       # a Gaussian
+        return log_normal(z, mu[..., None], logvar[..., None])
+    return torch.stack([log_mixture(z[:, d], mu[:, d:d + 1], logvar[:, d:d + 1], prior.log_pi())
                         for d in range(z.shape[1])], dim=1)
 
 
 @torch.no_grad()
-def pictures(model, x, generator, n=40):
+def pictures(model, x, generator, n=48):
     """Arrays for the figures: images with reconstructions, samples, pseudo-inputs."""
     images = datasets.pixels(x[:n])
     return {"images": images, "reconstructions": model.reconstruct(images),
@@ -197,16 +211,18 @@ def label(config):
     return f"{config.model.upper()} + {PRIORS[config.prior]}"
 
 
-def evaluate(model, data, S, seed=0, progress=True):
+# ---------------------------------------------------------------------------------- the record
+
+
+def evaluate(model, data, S, seed=0, tick=lambda: None):
     """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them."""
     x, began = data.test, time.perf_counter()
-    device = x.device
-    terms = importance_terms(model, x, S, torch.Generator().manual_seed(seed), progress)
+    terms = importance_terms(model, x, S, torch.Generator().manual_seed(seed), tick)
     seconds = {"likelihood": time.perf_counter() - began}
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(x.device).manual_seed(seed)
     statistics, arrays = latent_statistics(model, x, generator)
     arrays |= pictures(model, x, generator)
-    if hasattr(model.prior, "pseudo_inputs"):
+    if model.config.prior == "vamp":
         arrays |= pseudo_pictures(model, arrays["component_use"], generator)
     seconds["all"] = time.perf_counter() - began
     metrics = {"model": model.config.model, "prior": model.config.prior, "label": label(model.config),
@@ -215,7 +231,7 @@ def evaluate(model, data, S, seed=0, progress=True):
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
     metrics |= statistics
     metrics |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
-                "device": device.type, "threads": torch.get_num_threads(),
+                "device": x.device.type, "threads": torch.get_num_threads(),
                 "date": time.strftime("%Y-%m-%d"),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "numpy": np.__version__}}
@@ -227,67 +243,68 @@ def evaluate(model, data, S, seed=0, progress=True):
     return metrics, arrays
 
 
-def load_run(path, data_dir, device):
-    """(model, data, run settings) of a run folder or of a model.pt. ValueError in one line."""
+def load_run(path, device="cpu", data_dir=None, dataset=None):
+    """(model, data, path of model.pt) of a run folder or of a model.pt. ValueError in one line.
+
+    `data_dir` and `dataset` say where its data lie now, if not where training found them.
+    """
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
     if not path.exists():
         raise ValueError(f"{path} is missing; train first: python train.py --out {path.parent}")
-    model = load(path, device)
+    model = files.load_model(path, build, device)
     try:
-        args = model.extra["run"]["args"]
-        name, binarize, seed = args["dataset"], args["binarize"], args["seed"]
-        data_dir = data_dir or args["data_dir"]
-        assert (type(name), type(binarize), type(seed)) == (str, str, int)
-    except (KeyError, TypeError, AssertionError):
-        raise ValueError(f"{path} does not say which data it was trained on; use train.py's") from None
-    data = datasets.load(name, data_dir, binarize, seed, True, device)
-    if data.test.shape[1] != model.config.x_dim:
-        raise ValueError(f"{path} takes {model.config.x_dim} pixels, {name} has {data.test.shape[1]}")
+        args, images = model.extra["run"]["args"], model.extra["run"]["data"]["sha256"]
+        where = dataset or args["dataset"], data_dir or args["data_dir"]
+        drawn = args["binarize"], args["split_seed"]
+        if [type(value) for value in (*where, *drawn)] != [str, str, str, int]:
+            raise TypeError
+    except (KeyError, TypeError):
+        raise ValueError(f"{path} does not say which data it was trained on; train it anew") from None
+    data = datasets.load(*where, *drawn, True, device)
+    if data.sha256 != images:
+        raise ValueError(f"{path} was trained on other images than {where[0]} holds; give the file "
+                         "that it was trained on by --dataset")
     return model, data, path
 
 
+@files.command
 def main(argv=None):
     torch.set_flush_denormal(True)
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = files.Parser(__doc__.split("\n")[0])
     p.add_argument("run", help="run folder that holds model.pt")
-    p.add_argument("--samples", type=int, default=500, metavar="S",
+    p.add_argument("--samples", type=_count, default=500, metavar="S",
                    help="importance samples per image; the paper's tables have 5000")
-    p.add_argument("--images", type=int, help="only the first of the test images")
+    p.add_argument("--images", type=_count, help="only the first of the test images")
     p.add_argument("--seed", type=int, default=0, help="seed of the samples")
     p.add_argument("--data-dir", help="where the data lie, if not where training found them")
-    p.add_argument("--device", choices=DEVICES, default="auto",
-                   help="auto takes cuda, then mps, then cpu")
+    p.add_argument("--dataset", help="where your own array lies, if it has moved since training")
+    p.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then cpu")
     args = p.parse_args(argv)
-    # SIGTERM then unwinds like Ctrl-C, and no partial file stays behind
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        for flag in ("samples", "images"):
-            if (value := getattr(args, flag)) is not None and value < 1:
-                raise ValueError(f"--{flag} must be at least 1, got {value}")
-        model, data, path = load_run(args.run, args.data_dir, pick_device(args.device))
-        if args.images:
-            labels = data.test_labels
-            data = replace(data, test=data.test[:args.images],
-                           test_labels=None if labels is None else labels[:args.images])
-        metrics, arrays = evaluate(model, data, args.samples, args.seed)
-        metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
-                    if name in model.extra}
-        metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
-        write_atomic(path.parent / "arrays.npz", buffer.getvalue())
-        write_atomic(path.parent / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
-    print(f"{metrics['label']} on {data.name}: ELBO {metrics['elbo']['mean']:.2f}, "
-          f"NLL {metrics['nll']['mean']:.2f} (S = {args.samples}, {metrics['images']} images)")
-    return 0
+    model, data, path = load_run(args.run, pick_device(args.device), args.data_dir, args.dataset)
+    if args.images:
+        labels = data.test_labels
+        data = replace(data, test=data.test[:args.images],
+                       test_labels=None if labels is None else labels[:args.images])
+    line = files.Line(path.parent.name)
+    with line.bar(len(data.test), f"likelihood, S = {args.samples:,}") as bar:
+        metrics, arrays = evaluate(model, data, args.samples, args.seed, bar.update)
+    metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
+                if name in model.extra}
+    metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    files.write_atomic(path.parent / "arrays.npz", buffer.getvalue())
+    files.write_atomic(path.parent / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    line.say(f"evaluated on {data.name}: ELBO {metrics['elbo']['mean']:.2f}, NLL "
+             f"{metrics['nll']['mean']:.2f} (S = {args.samples:,}, {metrics['images']:,} images)")
+
+
+def _count(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
 
 
 if __name__ == "__main__":

@@ -5,21 +5,15 @@
 
 VAE    p(x, z)      = p(x | z) p(z)                 q(z | x)
 HVAE   p(x, z1, z2) = p(x | z1, z2) p(z1 | z2) p(z2)   q(z1, z2 | x) = q(z1 | x, z2) q(z2 | x)
-VampPrior   p(z) = sum_k w_k q(z | u_k),  w_k = 1/K unless learned       (the paper's eq. 9)
+VampPrior   p(z) = sum_k pi_k q(z | u_k),  pi_k = 1/K unless learned     (the paper's eq. 9)
 log weight  log_w = log p(x | z) + log p(z) - log q(z | x),  z ~ q(z | x)
 ELBO = E[log_w];   log p(x) >= E[logsumexp_s(log_w_s) - log S]            (Burda et al., 2016, eq. 8)
 
 B images, S samples, K components, D latent or pixel size; all densities are in nats and keep
-their constants. Files hold plain tensors, numbers and strings, and a checksum.
+their constants. Needs torch alone: copy this file to use a prior in your own model.
 """
-import hashlib
-import io
 import math
-import os
-import pickletools
-import tempfile
-import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +21,6 @@ from torch import nn
 
 LOG_2PI = math.log(2 * math.pi)
 TILE = 1024         # rows and components of one block of the mixture: 8 MB in float64
-FORMAT = 1          # version of the files; a larger one is refused
 
 # ------------------------------------------------------------------------------------ densities
 
@@ -54,16 +47,25 @@ def log_bernoulli(x, logits):
     logits = _wide(logits)
     x = x.to(logits.dtype)
     if not torch.is_grad_enabled() and ((x == 0) | (x == 1)).all():
-        # one pass of sigmoid, then one logarithm for each product of eight pixels' probabilities
-        probs = torch.sigmoid_(logits * (2 * x - 1))
-        for _ in range(3):
-            if probs.shape[-1] % 2 == 0:
-                half = probs.shape[-1] // 2
-                probs = probs[..., :half] * probs[..., half:]
-        if probs.min() > 1e-30:     # else a product came near underflow: the long way
-            return probs.log_().sum(-1)
+        short = _log_bernoulli_by_products(x, logits)
+        if short is not None:
+            return short
     x, logits = torch.broadcast_tensors(x, logits)
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
+
+
+def _log_bernoulli_by_products(x, logits):
+    """The same for x in {0, 1}, without gradients: one logarithm for the product of eight pixels'
+    probabilities. None when a product comes near underflow.
+
+    Validation and the test likelihood both gain by it, so it stands here and not in evaluate.py.
+    """
+    probs = torch.sigmoid_(logits * (2 * x - 1))
+    for _ in range(3):
+        if probs.shape[-1] % 2 == 0:
+            half = probs.shape[-1] // 2
+            probs = probs[..., :half] * probs[..., half:]
+    return probs.log_().sum(-1) if (probs > 1e-30).all() else None
 
 
 class _LogMixture(torch.autograd.Function):
@@ -131,44 +133,73 @@ def _row_blocks(z, coef, bias):
         yield rows, top, total, terms if len(z) <= TILE and len(components) == 1 else None
 
 
-def log_mixture(z, mu, logvar, log_weights=None):
-    """log sum_k w_k N(z; mu_k, exp(logvar_k)) in nats: z (..., D), mu and logvar (K, D) -> (...).
+def log_mixture(z, mu, logvar, log_pi=None):
+    """log sum_k pi_k N(z; mu_k, exp(logvar_k)) in nats: z (..., D), mu and logvar (K, D) -> (...).
 
-    `log_weights` (K,) are normalised log mixture weights; None means 1/K each. The squares are
-    expanded into one matrix product per block, [z^2, z] . [-1/(2 var), mu/var], never a (B, K, D)
-    tensor: memory O(B K) up to a block of 1024 x 1024, and constant in K beyond. The products are
-    float64, which neither TF32, "medium" precision nor autocast touches, because the expansion
-    cancels digits. Result: float32 for float32 (or narrower) z; its error against float64 is the
-    rounding of the result, at most 6e-8 of its size: 1e-3 nats at 10,000 nats.
-    Devices without float64 (mps) use float32, with errors up to 0.1 nats for |z|, |mu| near 5 and
-    logvar near -6 at D = 40.
+    `log_pi` (K,) are normalised log mixture weights; None means 1/K each. The squares are expanded
+    into one matrix product per block, [z^2, z] . [-1/(2 var), mu/var], never a (B, K, D) tensor:
+    memory is a block of at most 1024 x 1024, and the (K, 2D) coefficients with their gradient.
+    The products are float64, which neither TF32, "medium" precision nor autocast touches, because
+    the expansion cancels digits. Result: float32 for float32 (or narrower) z; its error against
+    float64 is the rounding of the result, at most 6e-8 of its size: 1e-3 nats at 10,000 nats.
+    On a device without float64 (mps) the products are float32: errors up to 0.1 nats for |z|, |mu|
+    up to 5 and logvar from -6 to 2 at D = 40.
     Not twice differentiable. ValueError on shapes that do not fit.
     """
     if mu.ndim != 2 or mu.shape != logvar.shape or z.shape[-1:] != mu.shape[1:] or not len(mu):
         raise ValueError(f"log_mixture: z {tuple(z.shape)}, mu {tuple(mu.shape)} and logvar "
                          f"{tuple(logvar.shape)} do not fit; expected (..., D), (K, D), (K, D)")
-    if log_weights is not None and log_weights.shape != mu.shape[:1]:
-        raise ValueError(f"log_mixture: log_weights {tuple(log_weights.shape)}, expected ({len(mu)},)")
-    coef, bias = _expanded(mu, logvar, log_weights)
-    flat = z.reshape(-1, z.shape[-1]).to(coef.dtype)
-    result = _LogMixture.apply(flat, coef, bias).reshape(z.shape[:-1])
-    return result.to(torch.promote_types(z.dtype, torch.float32))
+    if log_pi is not None and log_pi.shape != mu.shape[:1]:
+        raise ValueError(f"log_mixture: log_pi {tuple(log_pi.shape)}, expected ({len(mu)},)")
+    coef, bias = mixture_coefficients(mu, logvar, log_pi, products_dtype(mu.device))
+    return by_coefficients(z, coef, bias).to(torch.promote_types(z.dtype, torch.float32))
 
 
-def _expanded(mu, logvar, log_weights, center=0.0):
-    """coef (K, 2D), bias (K) of `_LogMixture` for z - center, in float64 where the device has it."""
-    exact = torch.float32 if mu.device.type == "mps" else torch.float64
-    mu, logvar = mu.to(exact) - center, logvar.to(exact)
-    log_weights = -math.log(len(mu)) if log_weights is None else log_weights.to(exact)
+def products_dtype(device):
+    """The dtype of log_mixture's products: float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def mixture_coefficients(mu, logvar, log_pi=None, dtype=torch.float64, center=0.0):
+    """coef (K, 2D) and bias (K,): a mixture's log density at z is, with y = z - center,
+    logsumexp_k([y^2, y] . coef_k + bias_k)."""
+    mu, logvar = mu.to(dtype) - center, logvar.to(dtype)
+    log_pi = -math.log(len(mu)) if log_pi is None else log_pi.to(dtype)
     precision = torch.exp(-logvar)
     coef = torch.cat([-0.5 * precision, mu * precision], dim=1)
-    return coef, log_weights - 0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(1)
+    return coef, log_pi - 0.5 * (mu.square() * precision + logvar + LOG_2PI).sum(1)
+
+
+def by_coefficients(y, coef, bias):
+    """The log density (...) at y (..., D), computed in the coefficients' dtype."""
+    flat = y.reshape(-1, y.shape[-1]).to(coef.dtype)
+    return _LogMixture.apply(flat, coef, bias).reshape(y.shape[:-1])
 
 
 # --------------------------------------------------------------------------------------- priors
 
 
-class StandardPrior(nn.Module):
+class _Prior(nn.Module):
+    """What every prior has: `log_prob`, `sample`, `components`, and, for those that are learned by
+    gradient steps, what follows a step."""
+
+    def log_pi(self):
+        """Normalised log weights (K,) of the components, or None when all are 1/K."""
+        return None
+
+    def project_(self):
+        """Moves parameters that have bounds back into them, in place; call it after each step."""
+
+    def clipped(self):
+        """Share of bounded parameters at or beyond a bound, 0 to 1; None without bounds."""
+        return None
+
+    def frozen(self):
+        """The same density without gradients, for many calls: the work they share is done once."""
+        return self
+
+
+class StandardPrior(_Prior):
     """N(0, I) in D dimensions."""
 
     def __init__(self, n_dims):
@@ -183,31 +214,25 @@ class StandardPrior(nn.Module):
         """n draws, (n, D)."""
         return _normal(self.mean.expand(n, -1), generator=generator)
 
-    def frozen(self):
-        """A copy for evaluation, without further work per call: this prior itself."""
-        return self
-
-    def around(self, center):
-        """The same density for z near `center`, see MixturePrior: this prior itself."""
-        return self
+    def components(self):
+        """mu, logvar (1, D): it is a mixture of one."""
+        return self.mean[None], torch.zeros_like(self.mean)[None]
 
 
-class _Mixture(nn.Module):
+class _Mixture(_Prior):
     """What the mixture priors share; a subclass gives `components() -> mu, logvar`, both (K, D)."""
 
-    def log_weights(self):
-        """Normalised log mixture weights (K,), or None when all are 1/K."""
+    def log_pi(self):
         return None if self.weight_logits is None else torch.log_softmax(self.weight_logits, 0)
 
     def log_prob(self, z):
         """log p(z) in nats: (..., D) -> (...)."""
-        return log_mixture(z, *self.components(), self.log_weights())
+        return log_mixture(z, *self.components(), self.log_pi())
 
     def sample(self, n, generator=None):
         """n draws, (n, D): a component from the weights, then its Gaussian."""
         mu, logvar = self.components()
-        log_w = self.log_weights()
-        weights = torch.ones_like(mu[:, 0]) if log_w is None else log_w.exp()
+        weights = torch.ones_like(mu[:, 0]) if self.weight_logits is None else self.log_pi().exp()
         k = torch.multinomial(weights, n, replacement=True, generator=generator)
         return _normal(mu[k], logvar[k], generator)
 
@@ -232,42 +257,17 @@ class MixturePrior(_Mixture):
         self.weight_logits = nn.Parameter(weight_logits.detach().clone()) if learned else None
 
     def components(self):
+        """mu, logvar (K, D)."""
         return self.mu, self.logvar
-
-    @torch.no_grad()
-    def around(self, center):
-        """The same density for z near `center` (D,), say samples of one posterior: an object with
-        `log_prob`, without gradients.
-
-        Seen from there the expanded squares of the components that count are small, so products in
-        z's own precision do: with float32, half the work of `log_mixture`. Unlike its products they
-        follow the caller's TF32, "medium" precision and autocast.
-        """
-        return _Around(self, center)
-
-
-class _Around:
-    """See MixturePrior.around: sum_k w_k N(z; mu_k, var_k) by z - center, with constants prepared
-    once in float64."""
-
-    def __init__(self, prior, center):
-        self.center = center
-        coef, bias = _expanded(prior.mu, prior.logvar, prior.log_weights(), center)
-        self.coef, self.bias = coef.to(center.dtype), bias.to(center.dtype)
-
-    def log_prob(self, z):
-        """log p(z) in nats: (..., D) -> (...)."""
-        flat = (z - self.center).reshape(-1, z.shape[-1])
-        return _LogMixture.apply(flat, self.coef, self.bias).reshape(z.shape[:-1])
 
 
 class VampPrior(_Mixture):
-    """Mixture of the encoder's posteriors at K learned pseudo-inputs, sum_k w_k q(z | u_k).
+    """Mixture of the encoder's posteriors at K learned pseudo-inputs, sum_k pi_k q(z | u_k).
 
     encoder: any callable x -> (mu, logvar), each (K, D). It is shared with the VAE, so it is not
     registered here: the model's state_dict holds it once.
     pseudo_inputs (K, ...): first values of u, for instance training images.
-    learned_weights: learn w_k; otherwise 1/K.
+    learned_weights: learn pi_k; otherwise 1/K.
     bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
     each optimiser step, or u drifts away behind the bound.
     """
@@ -295,14 +295,14 @@ class VampPrior(_Mixture):
 
     @torch.no_grad()
     def project_(self):
-        """Moves u back into the bounds, in place."""
         if self.bounds is not None:
             self.u.clamp_(*self.bounds)
 
     @torch.no_grad()
     def clipped(self):
-        """Share of pseudo-input pixels at or beyond a bound, 0 to 1."""
-        low, high = self.bounds or (-math.inf, math.inf)
+        if self.bounds is None:
+            return None
+        low, high = self.bounds
         return ((self.u <= low) | (self.u >= high)).float().mean().item()
 
 
@@ -461,8 +461,7 @@ class VAE(_Model):
         """Named parts of the log weight in nats, each (S, B): recon - kl is the log weight.
 
         recon = log p(x | z), kl = log q(z | x) - log p(z), at the same z ~ q(z | x).
-        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`, or its `around`) save
-        repeated work.
+        `inferred` (from `infer(x)`) and `prior` (from `prior.frozen()`) save repeated work.
         `path_gradient` leaves the score of q out of the gradient (Roeder et al., 2017): its mean is
         zero, its variance is not. The values are the same.
         """
@@ -563,148 +562,18 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 
 
 def build(config, pseudo_inputs=None):
-    """A new model for a Config; pseudo_inputs (K, 784) are the VampPrior's first values."""
+    """A new model for a Config, or for the dict of one; pseudo_inputs (K, 784) are the VampPrior's
+    first values. ValueError when the Config is not sound."""
+    config = Config(**config) if isinstance(config, dict) else config
     return MODELS[config.model](config, pseudo_inputs)
 
 
-DEVICES = ("auto", "cpu", "cuda", "mps")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def pick_device(name):
-    """A torch.device for one of DEVICES; auto takes the fastest. ValueError when it is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    if name == "auto":
-        name = next(kind for kind in there if there[kind])
-    if not there.get(name):
-        raise ValueError(f"device {name!r} is not on this machine or not usable by this torch; "
-                         "take cpu")
-    return torch.device(name)
-
-
-# ---------------------------------------------------------------------------------------- files
-# A file is torch.save's archive followed by a line with the SHA-256 of all before it.
-
-_SEAL = b"\nvampprior sha256 "
-_SEAL_SIZE = len(_SEAL) + 64 + 1
-_PICKLE_NAMES = ("torch._utils _rebuild_tensor_v2", "collections OrderedDict") + tuple(
-    f"torch {kind}Storage" for kind in ("Float", "Double", "Long", "Int", "Short", "Byte",
-                                          "Bool", "Half", "BFloat16"))
-
-
-def write_atomic(path, data):
-    """Writes bytes or text so that `path` holds either its old content or all of the new one."""
-    path = os.fspath(path)
-    folder, name = os.path.split(path)
-    data = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(prefix=f".{name}.", suffix=".tmp", dir=folder or ".")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)      # mkstemp's 0600 would hide results from others
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
-
-
-def save_file(path, content):
-    """Writes a dict of tensors, numbers, strings, lists and dicts, sealed with a checksum."""
-    buffer = io.BytesIO()
-    torch.save(content | {"format": FORMAT}, buffer)
-    data = buffer.getvalue()
-    write_atomic(path, data + _SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n")
-
-
-def load_file(path, device="cpu"):
-    """The dict that `save_file` wrote. ValueError on any other or damaged file; runs no code of it.
-
-    Memory is bounded by the file's size: nothing compressed or lazily sized is accepted.
-    """
-    with open(path, "rb") as file:
-        data = file.read()
-    data, seal = data[:-_SEAL_SIZE], data[-_SEAL_SIZE:]
-    if not seal.startswith(_SEAL):
-        raise ValueError(f"{path} is not a checkpoint of this project, or it was cut short; "
-                         "use another or train again")
-    if seal[len(_SEAL):-1] != hashlib.sha256(data).hexdigest().encode() or seal[-1:] != b"\n":
-        raise ValueError(f"{path} is damaged (its checksum differs); use another or train again")
-    try:
-        _check_archive(data)
-        content = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
-        version = content["format"]
-    except Exception as error:      # whatever a crafted archive provokes, it is not ours
-        kind = type(error).__name__
-        raise ValueError(f"{path} is not a checkpoint of this project ({kind})") from None
-    if type(version) is not int or not 1 <= version <= FORMAT:
-        raise ValueError(f"{path} has a format other than 1 to {FORMAT}; update this code to read it")
-    return content
-
-
-def _check_archive(data):
-    """Refuses what weights_only=True still allows: compressed members, calls that allocate."""
-    if not data.startswith(b"PK\x03\x04"):     # torch would take its older, unchecked reader
-        raise ValueError("no archive")
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        members = archive.infolist()
-        names = {m.filename.partition("/")[2].lower() for m in members}     # torch ignores case
-        if len(names) < len(members) or any(m.filename != m.orig_filename for m in members):
-            raise ValueError("members with two names or one name twice")
-        if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-            raise ValueError("compressed members")
-        if sum(m.file_size for m in members) > len(data):
-            raise ValueError("members larger than the file")
-        for member in members:
-            if member.filename.lower().endswith(".pkl"):
-                for code, argument, _ in pickletools.genops(archive.read(member)):
-                    if code.name in ("GLOBAL", "INST") and argument not in _PICKLE_NAMES:
-                        raise ValueError("unexpected name")
-                    if code.name in ("STACK_GLOBAL", "EXT1", "EXT2", "EXT4"):
-                        raise ValueError("unexpected opcode")
-
-
-def load_state(module, state):
-    """Copies a state_dict into a module after comparing names, shapes and dtypes. ValueError."""
-    own = module.state_dict()
-    if not isinstance(state, dict) or own.keys() != state.keys():
-        raise ValueError("its parameters are not those of the model it names")
-    for name, value in own.items():
-        got = state[name]
-        if not isinstance(got, torch.Tensor) or (got.shape, got.dtype) != (value.shape, value.dtype):
-            raise ValueError(f"{name} is not a {value.dtype} tensor of shape {tuple(value.shape)}")
-        if got.untyped_storage().nbytes() < got.numel() * got.element_size():
-            raise ValueError(f"{name} holds fewer values than its shape says")
-        if value.is_meta:
-            continue
-        if not torch.isfinite(got).all():
-            raise ValueError(f"{name} holds values that are not finite")
-    if not any(value.is_meta for value in own.values()):
-        module.load_state_dict(state)
-
-
-def save(path, model, **extra):
-    """Writes a model, and further plain values, to one file that `load` reads."""
-    save_file(path, {"config": asdict(model.config), "state": model.state_dict(), **extra})
-
-
-def load(path, device="cpu"):
-    """The model saved at `path`, in eval mode, with what was saved beside it as `model.extra`.
-
-    ValueError, in one line, on a file that is damaged, foreign, newer or does not fit its config.
-    """
-    content = load_file(path, device)
-    try:
-        config, state = content.pop("config"), content.pop("state")
-        config = Config(**config)
-        with torch.device("meta"):      # a config that promises more than the file holds costs nothing
-            load_state(build(config), state)
-        model = build(config).to(device)
-        load_state(model, state)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{path} does not hold a model of this project: {reason}") from None
-    model.extra = content
-    return model.eval()
+    """A torch.device for one of DEVICES; auto is cuda where there is one, else cpu. ValueError."""
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise ValueError("device 'cuda' is not on this machine or not usable by this torch; take cpu")
+    return torch.device("cuda" if name == "cuda" or name == "auto" and there else "cpu")

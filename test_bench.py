@@ -2,87 +2,97 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import evaluate
-from evaluate import log_likelihood
+import train
 from models import log_mixture
-
-SCRIPT = Path(__file__).with_name("bench.py")
-CASES = [(model, prior) for model in ("vae", "hvae") for prior in ("standard", "vamp")]
-
-
-def run_bench(*flags):
-    command = [sys.executable, SCRIPT, *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_plain_mixture_is_the_same_density():
     z, mu, logvar = bench.mixture_inputs(7, 30)
-    plain, ours = bench.broadcast_log_mixture(z, mu, logvar), log_mixture(z, mu, logvar)
-    torch.testing.assert_close(plain, ours, rtol=0, atol=1e-3)
+    torch.testing.assert_close(bench.broadcast_log_mixture(z, mu, logvar),
+                               log_mixture(z, mu, logvar), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("model, prior", CASES)
-def test_plain_model_has_the_same_terms(model, prior):
-    ours = bench.prepare(model, prior, 20, quick=True)[1]
-    x, plain = (torch.rand(5, 784) < 0.2).float(), bench.PlainModel(ours)
+@pytest.mark.parametrize("model, prior", bench.CELLS)
+def test_plain_model_has_the_same_terms_and_likelihood(model, prior):
+    ours = bench.prepare(model, prior, 20, quick=True)[0].model
+    x, plain = (torch.rand(50, 784) < 0.2).float(), bench.plain_form(ours)
     torch.manual_seed(1)
-    recon, kl = plain.terms(x)
+    found = bench.plain_terms(plain, x)
     torch.manual_seed(1)        # both draw the top layer's noise first
     terms = ours.terms(x)
-    torch.testing.assert_close(recon, terms["recon"][0], rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(kl, terms["kl"][0], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found, (terms["recon"][0], terms["kl"][0]), rtol=1e-4, atol=1e-3)
+    with torch.no_grad():       # so that the likelihood's estimates settle
+        for name, p in [*ours.named_parameters(), *plain.named_parameters()]:
+            p.mul_(0.1 if "head" in name or "output" in name else 1)
+    gap = bench.plain_log_likelihood(plain, x[0], 5000) - evaluate.log_likelihood(ours, x[:1], 5000)
+    assert gap.abs() < 0.3
 
 
-@pytest.mark.parametrize("model, prior", CASES)
-def test_counts_are_those_of_the_operations(monkeypatch, model, prior):
-    ours = bench.prepare(model, prior, 20, quick=True)[1]
-    x = (torch.rand(6, 784) < 0.2).float()
-    with FlopCounterMode(display=False) as counter:
-        terms = ours.terms(x)
-        (terms["kl"] - terms["recon"]).mean().backward()
-    assert counter.get_total_flops() == bench.step_flops(ours, 6)
-    # the counter sees its own thread only
-    monkeypatch.setattr(evaluate, "ThreadPoolExecutor",
-                        lambda n: SimpleNamespace(map=map, shutdown=lambda **flags: None))
-    with FlopCounterMode(display=False) as counter:
-        log_likelihood(ours, x, 30)
-    assert counter.get_total_flops() == bench.likelihood_flops(ours, 6, 30)
+def test_work_of_a_step_and_of_an_image_is_that_of_a_count_by_hand(monkeypatch):
+    run, args, _ = bench.prepare("vae", "standard", 20, quick=True)
+    assert args.batch_size == train.RECIPES["default"]["large"][1]      # though the images are few
+    sizes = {name: p.numel() for name, p in run.model.named_parameters() if p.ndim == 2}
+    encoder = sum(size for name, size in sizes.items() if name.startswith("encoder"))
+    decoder = sum(sizes.values()) - encoder
+    monkeypatch.setattr(bench, "CELLS", [("vae", "standard")])
+    # batch 10: forward, and as much for either gradient, of which images need none
+    step = 2 * 10 * (3 * (encoder + decoder) - sizes["encoder.body.0.linear.weight"])
+    image = 2 * (encoder + 200 * decoder)       # encoded once, 200 samples of it decoded
+    for (row,), by_hand in ((bench.step(True), step), (bench.likelihood(True), image)):
+        assert row["bound_share"] * row["ours"] == pytest.approx(by_hand)
 
 
-def test_plain_form_beyond_the_limit_is_left_out(monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS", -1)
-    times = bench.compare(lambda: None, lambda: None, 3)
-    assert times["plain"] == [] and len(times["ours"]) == 3
-    row = bench.new_row("a", "b", times)
-    assert row["plain"] is row["ratio"] is None and row["ours"] > 0 and row["n"] == 3
+def test_times_and_work_are_those_of_one_unit_and_a_slow_plain_form_is_left_out(monkeypatch):
+    a = torch.ones(4, 4)
+    plain, ours = (lambda: 6.0), (lambda: (a @ a).sum().item() / 8)         # 8 seconds, 128 FLOP
+    monkeypatch.setattr(bench, "seconds", lambda form, calls=1: form())     # as the form says
+    times = bench.compare(plain, ours, 3, (2, 4))
+    assert times == ([3.0] * 3, [2.0] * 3, 32.0)
+    row = bench.timed_row("step", "a case", times)
+    monkeypatch.setattr(bench, "product_rate", lambda size, rates=[160, 40]: rates.pop())
+    monkeypatch.setitem(bench.SECTIONS, "step", lambda quick: [row])
+    assert bench.record(["step"], True)["rows"] == [dict.fromkeys(bench.KEYS) | {
+        "section": "step", "case": "a case", "plain": 3.0, "ours": 2.0, "n": 3, "ratio": 1.5,
+        "ratio_low": 1.5, "ratio_high": 1.5, "bound_share": 0.1}]
+    monkeypatch.setattr(bench, "SECONDS", 5)
+    assert bench.compare(plain, ours, 3)[0] == bench.compare(None, ours, 3)[0] == []
+    row = bench.timed_row("step", "a case", ([], [2.0] * 3, 32.0))
+    assert row["plain"] is row["ratio"] is None and row["ours"] == 2 and row["n"] == 3
 
 
 def test_quick_run_writes_the_record(tmp_path):
-    done = run_bench("--quick", "--out", tmp_path / "bench.json")
+    done = subprocess.run([sys.executable, bench.__file__, "--quick", "--out",
+                           tmp_path / "bench.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert record.keys() == {"machine", "torch", "threads", "date", "gflops", "rows"}
-    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
-    assert {row["section"] for row in record["rows"]} == set(bench.SECTIONS)
-    keys = ("section case plain ours ratio ratio_low ratio_high n bound_share peak_mb "
-            "plain_peak_mb error expected").split()
+    assert list(record) == ["machine", "torch", "threads", "date", "gflops", "rows"]
+    assert record["gflops"] > 1 and [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+    found = [row["section"] for row in record["rows"]]
+    assert {name: found.count(name) for name in found} == {
+        "mixture": 4, "growth": 3, "step": 4, "likelihood": 4}
     for row in record["rows"]:
-        assert list(row) == keys
-        assert row["case"] in done.stdout
-        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] or row["n"] == 2
-        if row["plain"]:
+        assert list(row) == ("section case plain ours ratio ratio_low ratio_high n bound_share "
+                             "peak_mb plain_peak_mb error expected").split()
+        assert f"{row['section']}: {row['case']}: " in done.stdout
+        if row["section"] == "growth":      # ours over ours
+            assert row["plain"] is row["ours"] is row["bound_share"] is None
+            assert " over " in row["case"] and row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        else:
             assert 0 < row["bound_share"] < 2 and row["ratio"] == row["plain"] / row["ours"]
 
 
-def test_bad_folder_is_said_at_once(tmp_path):
-    done = run_bench("--quick", "--out", tmp_path / "missing" / "bench.json")
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+@pytest.mark.parametrize("out", ["missing/bench.json", "file/bench.json", "."])
+def test_a_bad_folder_is_said_at_once_in_one_line(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "record", None)
+    monkeypatch.setattr(torch, "set_flush_denormal", bool)      # not for the tests that follow
+    assert bench.main(["--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {out} cannot be written") and error.count("\n") == 1

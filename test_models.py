@@ -1,18 +1,14 @@
-"""Tests of models.py: the mathematics against torch.distributions, plain forms, grids; the files.
+"""Tests of models.py: the mathematics against torch.distributions, plain forms, grids.
 
     pytest test_models.py
 
 Comparisons are made in float64 unless a test says otherwise; every random number has its seed.
 """
 import copy
-import errno
-import hashlib
-import io
 import math
-import os
-import random
-import zipfile
-from dataclasses import asdict
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,8 +18,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
-from models import (MODELS, PRIORS, Config, MixturePrior, StandardPrior, VampPrior, build, load,
-                    log_bernoulli, log_mixture, log_normal, save, write_atomic)
+from models import (MODELS, PRIORS, Config, MixturePrior, StandardPrior, VampPrior, build,
+                    log_bernoulli, log_mixture, log_normal)
 
 CELLS = [(model, prior) for model in MODELS for prior in PRIORS]
 every_cell = pytest.mark.parametrize("model, prior", CELLS)
@@ -118,7 +114,7 @@ def test_log_bernoulli_without_gradients_takes_a_shorter_way_to_the_same_value(D
     x, logits = (randn(4, D) > 0).float(), (spread * randn(3, 4, D, seed=1)).float()
     exact = td.Independent(td.Bernoulli(logits=logits.double()), 1).log_prob(x.double())
     value = log_bernoulli(x, logits)
-    assert value.shape == (3, 4)
+    assert value.shape == (3, 4) and log_bernoulli(x[:0], logits[:, :0]).shape == (3, 0)
     assert ((value - exact).abs() <= 1e-6 * exact.abs() + 2e-7 * D).all()
 
 
@@ -156,9 +152,9 @@ def test_log_mixture_refuses_shapes_that_do_not_fit(shapes):
         log_mixture(torch.zeros(2, 3), *map(torch.zeros, shapes))
 
 
-@pytest.mark.parametrize("setting", ["highest", "medium", "autocast"])
-@pytest.mark.parametrize("reach, low, high, bound", [(5, -6, 2, 2e-2), (2, -4, 1, 1e-3)])
-def test_float32_error_of_log_mixture(setting, reach, low, high, bound):
+@pytest.mark.parametrize("setting", ["highest", "medium", "autocast", "no float64"])
+@pytest.mark.parametrize("reach, low, high", [(5, -6, 2), (2, -4, 1)])
+def test_float32_error_of_log_mixture(monkeypatch, setting, reach, low, high):
     K, D = 500, 40
     z, mu, logvar = (uniform(a, b, n, D, seed=n, dtype=torch.float) for a, b, n in
                      [(-reach, reach, 64), (-reach, reach, K), (low, high, K)])
@@ -169,6 +165,8 @@ def test_float32_error_of_log_mixture(setting, reach, low, high, bound):
     inputs = [t.requires_grad_() for t in (z, mu, logvar)]
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     exact = mixture(*doubles)
+    if setting == "no float64":
+        monkeypatch.setattr(models, "products_dtype", lambda device: torch.float32)
     before = torch.get_float32_matmul_precision()
     try:        # the caller's settings must not reach the matrix product
         torch.set_float32_matmul_precision("medium" if setting == "medium" else "highest")
@@ -178,7 +176,10 @@ def test_float32_error_of_log_mixture(setting, reach, low, high, bound):
     finally:
         torch.set_float32_matmul_precision(before)
     error = (value.double() - exact).abs()
-    assert value.dtype == torch.float32 and error.max() <= bound
+    assert value.dtype == torch.float32
+    if setting == "no float64":         # as on Apple's GPUs
+        assert 1e-4 < error.max() <= 0.1
+        return
     assert (error <= 6e-8 * exact.abs() + 1e-9).all()   # no more than the result's own rounding
     for ours, theirs in zip(slopes, gradients(exact, doubles)):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
@@ -286,7 +287,7 @@ def test_pseudo_inputs_stay_inside_their_bounds():
     assert prior.u.tolist() == inside
     free = VampPrior(None, torch.tensor([[-1.0, 2.0]]), bounds=None)
     free.project_()
-    assert free.u.tolist() == free.pseudo_inputs().tolist() == [[-1, 2]] and free.clipped() == 0
+    assert free.u.tolist() == free.pseudo_inputs().tolist() == [[-1, 2]] and free.clipped() is None
 
 
 @every_prior
@@ -304,25 +305,6 @@ def test_frozen_prior_equals_the_live_one(kind, learned, dtype):
     for p in prior.parameters():        # training goes on without moving the copy
         p.data.add_(0.3)
     assert torch.equal(frozen.log_prob(z), before)
-
-
-@pytest.mark.parametrize("learned", [False, True])
-@pytest.mark.parametrize("reach, low, high, bound", [(3, -6, 2, 1e-2), (2, -4, 1, 5e-4)])
-def test_prior_around_a_center_equals_the_prior(learned, reach, low, high, bound):
-    K, D = 500, 40
-    mu, logvar = uniform(-reach, reach, K, D), uniform(low, high, K, D, seed=1)
-    prior = MixturePrior(mu, logvar, randn(K, seed=2) if learned else None)
-    single = copy.deepcopy(prior).float()
-    for k, spread in ((0, low), (1, high)):
-        z = mu[k] + math.exp(spread / 2) * randn(7, 1, D, seed=3)
-        exact = prior.log_prob(z)
-        torch.testing.assert_close(prior.around(mu[k]).log_prob(z), exact, rtol=1e-12, atol=1e-9)
-        value = single.around(mu[k].float()).log_prob(z.float())
-        exact = prior.log_prob(z.float().double())
-        assert value.dtype == torch.float32 and value.shape == (7, 1) and not value.requires_grad
-        assert (value - exact).abs().max() <= bound
-    standard = StandardPrior(D)
-    assert standard.around(mu[0]) is standard
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -579,21 +561,7 @@ def test_log_mixture_and_log_normal_of_anything(S, B, K, D, seed, reach, peak):
             assert (a - b).abs().max() <= 1e-4 * (1 + b.abs().max()) * (1 + peak / 100)
 
 
-# ---------------------------------------------------------------------------------------- files
-
-
-@every_cell
-def test_save_and_load_are_bit_equal(tmp_path, model, prior):
-    first, path, seen = small(model, prior), tmp_path / "model.pt", torch.arange(4)
-    extra = {"epoch": 3, "note": "a", "best": -81.5, "parts": {"kl": [1, 2.5]}}
-    save(path, first, seen=seen, **extra)
-    second = load(path)
-    assert second.config == first.config and not second.training
-    assert torch.equal(second.extra.pop("seen"), seen) and second.extra == extra | {"format": 1}
-    mine, theirs = first.state_dict(), second.state_dict()
-    assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
-    x = torch.rand(3, 6).round()
-    assert torch.equal(first.log_weights(x, 2, seeded(0)), second.log_weights(x, 2, seeded(0)))
+# --------------------------------------------------------------------------------------- config
 
 
 @pytest.mark.parametrize("field, value", [
@@ -612,145 +580,17 @@ def test_pseudo_inputs_of_the_wrong_shape():
         build(Config(x_dim=6, components=3), torch.zeros(3, 5))
 
 
-class Call:
-    """Pickles as a call of `function`: what a hostile file is made of."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def archive(content, **options):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
-    return buffer.getvalue()
+def test_auto_takes_no_apple_gpu(monkeypatch):
+    """It has no float64, which training's and evaluation's sums take."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.pick_device("auto").type == "cpu"
+    with pytest.raises(ValueError, match="cuda.*take cpu"):
+        models.pick_device("cuda")
 
 
-def sealed(data):
-    """With a true checksum: it protects against damage, not against malice."""
-    return data + models._SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n"
-
-
-def whole(**changes):
-    """All that a checkpoint holds, with changes: sealed, a file like ours but for these."""
-    ours = small()
-    held = {"config": asdict(ours.config), "state": ours.state_dict(), "format": 1}
-    return archive(held | changes)
-
-
-def with_config(**changes):
-    return sealed(whole(config=asdict(small().config) | changes))
-
-
-def with_state(name, value):
-    return sealed(whole(state=small().state_dict() | {name: value}))
-
-
-def repacked(data, compression=zipfile.ZIP_STORED, rename=str):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
-        for member in old.infolist():
-            new.writestr(rename(member.filename), old.read(member))
-    return buffer.getvalue()
-
-
-def polyglot():
-    """An old-style torch file with an archive behind it: two readers see two contents."""
-    empty, content = io.BytesIO(), {"config": asdict(small().config), "state": small().state_dict()}
-    zipfile.ZipFile(empty, "w").close()
-    old = archive(content | {"format": 1}, _use_new_zipfile_serialization=False)
-    return sealed(old + empty.getvalue())
-
-
-HOSTILE = {
-    "empty": lambda: b"",
-    "text": lambda: b"this is not a checkpoint, just a longer text\n" * 20,
-    "sealed text": lambda: sealed(b"hello"),
-    "foreign": lambda: archive({"weights": torch.zeros(3)}),
-    "sealed foreign": lambda: sealed(archive({"weights": torch.zeros(3)})),
-    "sealed list": lambda: sealed(archive([1, 2])),
-    "unsealed": whole,
-    "whole model": lambda: archive(small()),
-    "sealed whole model": lambda: sealed(archive(small())),
-    "no config": lambda: sealed(archive({"state": {}, "format": 1})),
-    "config a list": lambda: sealed(whole(config=[1])),
-    "state a list": lambda: sealed(whole(state=[1])),
-    "newer": lambda: sealed(whole(format=2)),
-    "format a word": lambda: sealed(whole(format="1")),
-    "format zero": lambda: sealed(whole(format=0)),
-    "zip bomb": lambda: sealed(repacked(whole(x=torch.zeros(10**7)), zipfile.ZIP_DEFLATED)),
-    "call of 10 MB": lambda: sealed(whole(x=Call(bytearray, 10**7))),
-    "call of 10 GB": lambda: sealed(whole(x=Call(bytearray, 10**10))),
-    "call in capitals": lambda: sealed(repacked(whole(x=Call(bytearray, 10**7)),
-                                                rename=lambda name: name.replace("pkl", "PKL"))),
-    "polyglot": polyglot,
-    "unknown prior": lambda: with_config(prior="vampire"),
-    "unknown field": lambda: with_config(depth=3),
-    "line break in a field": lambda: with_config(**{"hid\nden": 3}),
-    "tensor as a size": lambda: with_config(hidden=torch.zeros(40, 3)),
-    "other size": lambda: with_config(z_dim=3),
-    "huge components": lambda: with_config(components=10**7),
-    "huge hidden": lambda: with_config(hidden=10**7),
-    "NaN": lambda: with_state("output.bias", torch.full((6,), math.nan)),
-    "infinite": lambda: with_state("prior.u", torch.full((3, 6), math.inf)),
-    "wrong shape": lambda: with_state("output.bias", torch.zeros(5)),
-    "wrong dtype": lambda: with_state("output.bias", torch.zeros(6).double()),
-    "not a tensor": lambda: with_state("output.bias", [0.0] * 6),
-    "one name more": lambda: with_state("more", torch.zeros(1)),
-}
-
-
-def refused(path, data):
-    path.write_bytes(data)
-    with pytest.raises(ValueError) as caught:
-        load(path)
-    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_hostile_and_foreign_files_are_refused(tmp_path, kind):
-    refused(tmp_path / "model.pt", HOSTILE[kind]())
-
-
-def test_the_files_above_are_refused_for_their_fault_alone(tmp_path):
-    for data in (whole(), repacked(whole())):
-        (tmp_path / "model.pt").write_bytes(sealed(data))
-        assert load(tmp_path / "model.pt").config == small().config
-
-
-@pytest.mark.parametrize("wrap, checks", [(bytes, 2), (sealed, 2), (sealed, 1)])
-def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, wrap, checks):
-    marker = tmp_path / "marker"
-    if checks == 1:     # torch's own refusal is a second wall behind ours, and must stand alone
-        monkeypatch.setattr(models, "_check_archive", lambda data: None)
-    refused(tmp_path / "model.pt", wrap(whole(x=Call(os.system, f"touch {marker}"))))
-    assert not marker.exists()
-
-
-def test_damaged_and_truncated_files_are_refused(tmp_path):
-    save(tmp_path / "good.pt", small())
-    good, chance = (tmp_path / "good.pt").read_bytes(), random.Random(0)
-    tail = range(len(good) - models._SEAL_SIZE, len(good))      # the seal itself, byte by byte
-    for position in [*chance.sample(range(len(good)), 150), *tail]:
-        damaged = bytearray(good)
-        damaged[position] ^= 1 << chance.randrange(8)
-        refused(tmp_path / "bad.pt", bytes(damaged))
-    for size in [1, len(good) - 1, *chance.sample(range(len(good)), 50)]:
-        refused(tmp_path / "bad.pt", good[:size])
-    refused(tmp_path / "bad.pt", good + b"\n")
-
-
-@pytest.mark.parametrize("step", ["fsync", "replace", "chmod"])
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
-    def full(*arguments):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(models.os, step, full)
-        write_atomic(path, b"new")
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["file"]
-    write_atomic(path, b"new")
-    assert path.read_text() == "new" and os.listdir(tmp_path) == ["file"]
+def test_models_needs_torch_alone():
+    code = "import sys, models; print({'files', 'data'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(models.__file__).parent, text=True,
+                          capture_output=True)
+    assert done.stdout == "set()\n", done.stderr

@@ -7,81 +7,104 @@ Writes to the run folder: config.json, log.csv (a row per epoch), last.pt (to re
 end, model.pt. All randomness of an epoch follows from (seed, epoch), so that a resumed run ends
 with the same bits as one that was never stopped.
 """
+import files
+
+if __name__ == "__main__":
+    files.catch_signals()       # before torch, whose import takes seconds
+
 import argparse
 import csv
+import dataclasses
 import fcntl
 import io
 import json
 import math
 import os
-import signal
 import sys
 import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import data as datasets
-from models import (DEVICES, MODELS, PRIORS, Config, build, load_file, load_state, log_bernoulli,
-                    pick_device, save, save_file, write_atomic)
+from models import DEVICES, MODELS, PRIORS, Config, build, log_bernoulli, pick_device
 
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
-WHERE = ("out", "resume", "data_dir", "device", "strict_data")   # flags that may change on resuming
+# settings that may change on resuming: where things are, not what is trained
+WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
 
+# ------------------------------------------------------------------------------------ arguments
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived."""
+# What these flags are when they are not given. Data sets of fewer than SMALL training images take
+# the second line: few images make few batches, and overfit soon.
+RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
+RECIPES = {
+    "default": {"large": (100, 1000, 1.2e-2, 10, 0.996, 0.15, 500),
+                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+    "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500),
+             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+    "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.15, 50),
+              "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
+}
+SMALL = 10_000
 
 
 class Diverged(Exception):
     """The loss is not finite, or far worse than that of the mean image."""
 
 
-# ------------------------------------------------------------------------------------ arguments
-
-
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags. Those of RECIPE_FLAGS are missing when they are not given: see `settle`."""
+    p = files.Parser(__doc__.split("\n")[0])
     group = p.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, default="vae", help="one or two latent layers")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
-    group.add_argument("--pseudo-inputs", type=_int(1), default=500, metavar="K",
-                       help="components of the vamp or mog prior")
     group.add_argument("--learned-weights", action="store_true",
                        help="learn the mixture's weights; otherwise 1/K each")
     group.add_argument("--hidden", type=_int(1), default=300, help="units of a hidden layer")
     group.add_argument("--z-dim", type=_int(1), default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=_int(1), default=100, help="epochs of the whole schedule")
-    group.add_argument("--batch-size", type=_int(1), default=1000, help="images per step")
-    group.add_argument("--lr", type=_float(0), default=1.2e-2, help="AdamW's highest learning rate")
+    group.add_argument("--recipe", choices=RECIPES, default="default",
+                       help="values of the flags that are not given; each has its own for data sets "
+                            f"of fewer than {SMALL:,} training images")
+
+    def by_recipe(flag, kind, text, **more):
+        name = flag[2:].replace("-", "_")
+        column = RECIPE_FLAGS.index(name)
+        large, small = (RECIPES["default"][size][column] for size in ("large", "small"))
+        more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets)"
+        group.add_argument(flag, type=kind, default=argparse.SUPPRESS, **more)
+
+    by_recipe("--pseudo-inputs", _int(1), "components of the vamp or mog prior", metavar="K")
+    by_recipe("--epochs", _int(1), "epochs of the whole schedule")
+    by_recipe("--batch-size", _int(1), "images per step")
+    by_recipe("--lr", _float(0), "AdamW's highest learning rate")
+    by_recipe("--warmup", _int(0), "epochs over which beta, the KL's weight, rises to 1")
+    by_recipe("--ema", _float(0, 0.99999),
+              "decay per step of the averaged weights, which are kept; 0: none")
+    by_recipe("--weight-decay", _float(0), "a step shrinks weight matrices by lr x W (AdamW); not "
+              "biases, not pseudo-inputs", metavar="W")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                        help="course of the learning rate to 0, after one epoch of rising")
-    group.add_argument("--warmup", type=_int(0), default=10,
-                       help="epochs over which beta, the KL's weight, rises to 1")
-    group.add_argument("--ema", type=_float(0, 0.99999), default=0.996,
-                       help="decay per step of the averaged weights, which are kept; 0: none")
-    group.add_argument("--weight-decay", type=_float(0), default=0.15, metavar="W",
-                       help="a step shrinks weight matrices by lr x W (AdamW); not biases, not u")
     group.add_argument("--full-gradient", action="store_true",
                        help="keep the encoder's score, of mean zero, in the KL's gradient")
     group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm")
     group.add_argument("--patience", type=_int(1), default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
-    group.add_argument("--seed", type=_int(0, 2**31), default=0, help="seed of all randomness")
+    group.add_argument("--seed", type=_int(0, 2**31), default=0,
+                       help="seed of the first weights and of all noise in training")
     datasets.add_arguments(p)
     group = p.add_argument_group("run")
-    group.add_argument("--device", choices=DEVICES, default="auto",
-                       help="auto takes cuda, then mps, then cpu")
+    group.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then cpu")
     group.add_argument("--out", help="run folder (default: results/<time>/<name of the model>)")
     group.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out if it is there, else start")
     args = p.parse_args(argv)
     if args.resume and not args.out:
         p.error("--resume needs --out, the run folder to go on with")
+    name = {"standard": args.model}.get(args.prior, args.model[:-3] + args.prior)
+    args.out = args.out or time.strftime(f"results/%Y%m%d-%H%M%S/{name}")
     return args
 
 
@@ -101,6 +124,17 @@ def _float(low, high=math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
     return number
+
+
+def settle(args, train_images):
+    """(args, recipe): the flags with the recipe's values where they were not given, and a record of
+    what came from where."""
+    size = "small" if train_images < SMALL else "large"
+    values = dict(zip(RECIPE_FLAGS, RECIPES[args.recipe][size]))
+    changed = {flag: value for flag, value in vars(args).items()
+               if flag in values and value != values[flag]}
+    return (argparse.Namespace(**(values | vars(args))),
+            {"name": args.recipe, "size": size, "values": values, "changed": changed})
 
 
 # ---------------------------------------------------------------------------------- run folder
@@ -128,23 +162,24 @@ def open_run(out, settings, resume):
         if not resume:
             raise ValueError(f"{out} holds a run already; add --resume to go on, or give another --out")
         compare_settings(path, settings)
-    write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    files.write_atomic(path, json.dumps(settings, indent=2) + "\n")
     return lock
 
 
 def compare_settings(path, settings):
     """ValueError unless config.json at `path` defines the same run, field by field."""
-    try:
-        found = json.loads(path.read_text())
-        parts = {part: dict(found[part]) for part in settings}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is damaged; give another --out, or delete the folder") from None
-    for part, wanted in settings.items():
-        for name in sorted(wanted.keys() | parts[part].keys()):
-            here, there = wanted.get(name), parts[part].get(name)
-            if here != there and name not in WHERE:
-                raise ValueError(f"{path} has {name} = {there!r}, this call {here!r}; use the same "
-                                 "settings, or give another --out")
+    found = files.read_json(path, settings)
+    for part in ("data", "args", "model"):
+        here, there = settings[part], found[part]
+        if not isinstance(there, dict):
+            raise ValueError(f"{path} is damaged; give another --out, or delete the folder")
+        if part == "data" and here["sha256"] != there.get("sha256"):
+            raise ValueError(f"{path} is of a run on other images ({there.get('name')}) than these "
+                             f"({here['name']}); use the same data, or give another --out")
+        for name in sorted(here.keys() | there.keys()):
+            if here.get(name) != there.get(name) and name not in WHERE:
+                raise ValueError(f"{path} has {name} = {there.get(name)!r}, this call "
+                                 f"{here.get(name)!r}; use the same settings, or give another --out")
 
 
 def write_log(path, history):
@@ -153,7 +188,92 @@ def write_log(path, history):
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
     writer.writerows(history)
-    write_atomic(path, text.getvalue())
+    files.write_atomic(path, text.getvalue())
+
+
+# ----------------------------------------------------------------------------------------- a run
+
+
+@dataclasses.dataclass
+class Run:
+    """What training changes. last.pt keeps all of it."""
+    model: torch.nn.Module
+    average: torch.nn.Module        # mean of the model's weights over its last steps: what is kept
+    optimizer: torch.optim.Optimizer
+    epoch: int = 0                  # epochs done
+    history: list = dataclasses.field(default_factory=list)     # rows of log.csv
+    best: dict = dataclasses.field(default_factory=dict)        # the average's weights at its best
+    best_epoch: int = 0
+    best_elbo: float = -math.inf
+
+    def progress(self):
+        """What a resumed run needs besides weights and moments."""
+        return {name: getattr(self, name) for name in
+                ("epoch", "history", "best", "best_epoch", "best_elbo")}
+
+    def save(self, path):
+        files.save(path, self.progress() | {
+            "model": self.model.state_dict(), "average": self.average.state_dict(),
+            "optimizer": [self.optimizer.state[p] for p in self.model.parameters()]})
+
+    def restore(self, path, device):
+        """Goes back to the end of the epoch that last.pt holds. ValueError if it does not fit."""
+        content = files.load(path, device)
+        try:
+            files.load_state(self.model, content["model"])
+            files.load_state(self.average, content["average"])
+            for p, saved in zip(self.model.parameters(), content["optimizer"], strict=True):
+                if list(saved) != ["step", "exp_avg", "exp_avg_sq"] or any(
+                        saved[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+                    raise ValueError("its optimiser's state is another model's")
+                self.optimizer.state[p] = {k: v.clone() for k, v in saved.items()}
+            for name in self.progress():
+                setattr(self, name, content[name])
+            if self.best:
+                with torch.device("meta"):
+                    files.load_state(build(self.model.config), self.best)
+            if not self.epoch == len(self.history) or not all(
+                    isinstance(row, dict) and row.keys() <= set(COLUMNS) for row in self.history):
+                raise ValueError("its history does not fit its epoch")
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold this run: {files.one_line(error)}; delete it to "
+                             "start again") from None
+
+
+def start(args, config, data, device):
+    """A Run before its first epoch."""
+    torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
+    pick = torch.randperm(len(data.train))[:config.components]
+    u = None
+    if config.prior == "vamp":          # training images, binarised, repeated if there are few
+        u = datasets.binarise(data.train[pick.repeat(-(-config.components // len(pick)))
+                                         [:config.components].to(device)]).cpu()
+    model = build(config, u)
+    model.set_output_bias(mean_image(data.train).cpu())
+    model.to(device)
+    average = build(config).to(device)
+    average.load_state_dict(model.state_dict())
+    groups = {True: [], False: []}
+    for p in model.parameters():
+        decays = p.ndim > 1 and all(p is not own for own in model.prior.parameters())
+        groups[decays].append(p)
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[True], "weight_decay": args.weight_decay},
+         {"params": groups[False], "weight_decay": 0.0}],
+        lr=args.lr, betas=(0.9, 0.99), fused=True)
+    return Run(model, average, optimizer)
+
+
+def mean_image(x):
+    """Mean of the pixels (D,) over a split, in blocks, so that a large one is never all floats."""
+    return sum(datasets.pixels(part).sum(0, dtype=torch.float64)
+               for part in x.split(10_000)).div(len(x)).float()
+
+
+def mean_image_elbo(data):
+    """Validation log-likelihood of independent pixels at the training mean: what no model may miss."""
+    logits = torch.logit(mean_image(data.train).clamp(0.01, 0.99))
+    return log_bernoulli(mean_image(data.val), logits).item()
 
 
 # --------------------------------------------------------------------------------------- epochs
@@ -173,9 +293,16 @@ def lr_factor(schedule, progress, rise):
             "cosine": 0.5 + 0.5 * math.cos(math.pi * progress)}[schedule]
 
 
+def columns(split, sums, count):
+    """log.csv's columns of a split from its terms' sums: means, nats per image."""
+    means = {name: value / count for name, value in sums.items()}
+    means["elbo"] = means["recon"] - means["kl"]
+    return {f"{split}_{name}": value for name, value in means.items()}
+
+
 @torch.no_grad()
 def validate(model, x, seed, batch=1000):
-    """Means of the ELBO's terms over x at beta = 1, one sample each, with noise fixed by seed."""
+    """The val_ columns over x at beta = 1, one sample each, with noise fixed by seed."""
     generator = torch.Generator(x.device).manual_seed(seed)
     sums, prior = {}, model.prior.frozen()
     for part in x.split(batch):
@@ -183,33 +310,36 @@ def validate(model, x, seed, batch=1000):
         terms = model.terms(part, generator=generator, inferred=model.infer(part), prior=prior)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.double().sum().item()
-    return {name: value / len(x) for name, value in sums.items()}
+    return columns("val", sums, len(x))
 
 
-def train_epoch(epoch, args, model, average, optimizer, data, beta, tick):
-    """One pass over the training set: means of the terms, the gradient's norm, the last rate."""
+def train_epoch(run, args, data, tick=lambda: None):
+    """One pass over the training set, the epoch after run.epoch: log.csv's columns of it.
+
+    `tick` is called after each step.
+    """
+    epoch, model = run.epoch + 1, run.model
+    beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
     generator = epoch_generator(args.seed, epoch, data.train.device)
     order = torch.randperm(len(data.train), generator=generator, device=data.train.device)
-    parameters = list(model.parameters())
-    averaged = list(average.parameters())
+    parameters, averaged = list(model.parameters()), list(run.average.parameters())
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
     for step, index in enumerate(batches):
         progress = (epoch - 1 + (step + 1) / len(batches)) / args.epochs
         lr = args.lr * lr_factor(args.schedule, progress, min(1, args.epochs / 2) / args.epochs)
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = lr
         terms = model.terms(data.batch(index, generator), generator=generator,
                             path_gradient=not args.full_gradient)
         loss = (beta * terms["kl"] - terms["recon"]).mean()
-        optimizer.zero_grad()
+        run.optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise Diverged(f"the loss or its gradient is not finite in epoch {epoch}, step {step + 1}")
-        optimizer.step()
-        if hasattr(model.prior, "project_"):
-            model.prior.project_()
+        run.optimizer.step()
+        model.prior.project_()
         with torch.no_grad():       # early on, an average of few steps; later args.ema
             seen = (epoch - 1) * len(batches) + step
             weight = 1 - min(args.ema, (1 + seen) / (10 + seen)) if args.ema else 1.0
@@ -218,193 +348,100 @@ def train_epoch(epoch, args, model, average, optimizer, data, beta, tick):
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
         tick()
-    means = {name: value / len(order) for name, value in sums.items()}
-    return means, norms / len(batches), lr
+    return {"beta": beta, "lr": lr, "grad_norm": norms / len(batches),
+            "clipped": model.prior.clipped(), **columns("train", sums, len(order))}
 
 
-def start(args, config, data, device):
-    """The model, its average, the optimiser and the state of a run before its first epoch."""
-    torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
-    pick = torch.randperm(len(data.train))[:config.components]
-    u = None
-    if config.prior == "vamp":          # training images, binarised, repeated if there are few
-        u = datasets.binarise(data.train[pick.repeat(-(-config.components // len(pick)))
-                                         [:config.components].to(device)]).cpu()
-    model = build(config, u)
-    model.set_output_bias(mean_image(data.train).cpu())
-    model.to(device)
-    average = build(config).to(device)
-    average.load_state_dict(model.state_dict())
-    groups = {True: [], False: []}
-    for p in model.parameters():
-        decays = p.ndim > 1 and all(p is not own for own in model.prior.parameters())
-        groups[decays].append(p)
-    optimizer = torch.optim.AdamW(
-        [{"params": groups[True], "weight_decay": args.weight_decay},
-         {"params": groups[False], "weight_decay": 0.0}],
-        lr=args.lr, betas=(0.9, 0.99), fused=device.type != "mps")
-    state = {"epoch": 0, "best_elbo": -math.inf, "best_epoch": 0, "history": []}
-    return model, average, optimizer, state
+def exhausted(run, args):
+    """Whether the validation ELBO has been no better for --patience epochs."""
+    return run.best and run.epoch - run.best_epoch >= args.patience
 
 
-def mean_image(x):
-    """Mean of the pixels (D,) over a split, in blocks, so that a large one is never all floats."""
-    return sum(datasets.pixels(part).sum(0, dtype=torch.float64)
-               for part in x.split(10_000)).div(len(x)).float()
+def fit(run, args, data, out):
+    """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
+    floor = 2 * mean_image_elbo(data) - data.train.shape[1]
+    steps = -(-len(data.train) // args.batch_size)
+    bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
+    with bar:
+        while run.epoch < args.epochs and not exhausted(run, args):
+            began = time.perf_counter()
+            row = {"epoch": run.epoch + 1, **train_epoch(run, args, data, bar.update)}
+            row |= validate(run.average, data.val, args.seed)
+            if not row["val_elbo"] > floor:
+                raise Diverged(f"the validation ELBO is {row['val_elbo']:.1f} after epoch "
+                               f"{row['epoch']}, far below that of the mean image")
+            run.epoch = row["epoch"]
+            if row["beta"] == 1 and row["val_elbo"] > run.best_elbo:
+                run.best_elbo, run.best_epoch = row["val_elbo"], run.epoch
+                run.best = {k: v.clone() for k, v in run.average.state_dict().items()}
+            row["seconds"] = time.perf_counter() - began
+            run.history.append(row)
+            run.save(out / "last.pt")
+            write_log(out / "log.csv", run.history)
+            bar.set_postfix_str(f"epoch {run.epoch}/{args.epochs}, val ELBO {row['val_elbo']:.2f}",
+                                refresh=False)
+    write_log(out / "log.csv", run.history)
+    if not run.best:        # shorter than the warm-up: the last weights are all there is
+        run.best, run.best_epoch = run.average.state_dict(), run.epoch
 
 
-def restore(path, model, average, optimizer, state, device):
-    """Brings a run back to the end of the epoch that last.pt holds. ValueError if it does not fit."""
-    content = load_file(path, device)
-    try:
-        load_state(model, content["model"])
-        load_state(average, content["average"])
-        if [list(s) for s in content["optimizer"]] != [list(OPTIMIZER_STATE)] * len(list(
-                model.parameters())):
-            raise ValueError("its optimiser is another")
-        for p, saved in zip(model.parameters(), content["optimizer"]):
-            if saved["exp_avg"].shape != p.shape or saved["exp_avg_sq"].shape != p.shape:
-                raise ValueError("its optimiser's state is another model's")
-            optimizer.state[p] = {k: v.clone() for k, v in saved.items()}
-        state.update({k: content[k] for k in state}, best=content["best"])
-        if state["best"]:
-            load_state(build(model.config), {k: v.cpu() for k, v in state["best"].items()})
-        if not state["epoch"] == len(state["history"]) or not all(
-                isinstance(row, dict) and row.keys() <= set(COLUMNS) for row in state["history"]):
-            raise ValueError("its history does not fit its epoch")
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} does not hold this run: {error}; delete it to start again") from None
-
-
-OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
-
-
-def run(args, stop):
-    """The whole run; `stop()` raises when a signal came. Returns the path of model.pt."""
-    device = pick_device(args.device)
-    data = datasets.load(args.dataset, args.data_dir, args.binarize, args.seed, args.strict_data, device)
+def train(args):
+    """The whole run: what there is to say of it, in a sentence."""
+    device, out = pick_device(args.device), Path(args.out)
+    data = datasets.load(args.dataset, args.data_dir, args.binarize, args.split_seed,
+                         args.strict_data, device)
+    args, recipe = settle(args, len(data.train))
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                     args.pseudo_inputs, args.learned_weights)
-    name = {"standard": args.model}.get(args.prior, args.model[:-3] + args.prior)
-    out = Path(args.out or time.strftime(f"results/%Y%m%d-%H%M%S/{name}"))
-    settings = {"args": vars(args) | {"dataset": data.name, "out": str(out)},
+    settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
                 "data": {"name": data.name, "note": data.note, "train": len(data.train),
-                         "image_shape": list(data.image_shape)},
+                         "image_shape": list(data.image_shape), "sha256": data.sha256},
                 "model": vars(config)}
     lock = open_run(out, settings, args.resume)
     if (out / "model.pt").exists():
-        print(f"{out}/model.pt is there already: nothing to train")
-        return out / "model.pt"
-    model, average, optimizer, state = start(args, config, data, device)
-    state["best"] = {}
+        return f"{out}/model.pt is there already: nothing to train"
+    run = start(args, config, data, device)
     if (out / "last.pt").exists():
-        restore(out / "last.pt", model, average, optimizer, state, device)
-    floor = 2 * mean_image_elbo(data) - data.train.shape[1]
-    history = state["history"]
-    steps = -(-len(data.train) // args.batch_size)
-    bar = tqdm(total=args.epochs * steps, initial=state["epoch"] * steps, desc=name, unit="step",
-               mininterval=0.5 if sys.stderr.isatty() else 60, dynamic_ncols=True)
+        run.restore(out / "last.pt", device)
 
-    def tick():
-        stop()
-        bar.update()
-
+    def keep(path):
+        files.save_model(path, run.model, run.best, run=settings, epochs=run.epoch,
+                         best_epoch=run.best_epoch, train_seconds=seconds(run))
     try:
-        while state["epoch"] < args.epochs and not exhausted(state, args):
-            began = time.perf_counter()
-            epoch = state["epoch"] + 1
-            beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
-            train, norm, lr = train_epoch(epoch, args, model, average, optimizer, data, beta, tick)
-            val = validate(average, data.val, args.seed)
-            row = {"epoch": epoch, "beta": beta, "lr": lr, "grad_norm": norm}
-            for split, means in (("train", train), ("val", val)):
-                row[f"{split}_elbo"] = means["recon"] - means["kl"]
-                row |= {f"{split}_{key}": value for key, value in means.items()}
-            if not row["val_elbo"] > floor:
-                raise Diverged(f"the validation ELBO is {row['val_elbo']:.1f} after epoch {epoch}, "
-                               "far below that of the mean image")
-            if hasattr(model.prior, "clipped"):
-                row["clipped"] = model.prior.clipped()
-            if beta == 1 and row["val_elbo"] > state["best_elbo"]:
-                state |= {"best_elbo": row["val_elbo"], "best_epoch": epoch,
-                          "best": {k: v.clone() for k, v in average.state_dict().items()}}
-            row["seconds"] = time.perf_counter() - began
-            history.append(row)
-            state["epoch"] = epoch
-            save_file(out / "last.pt", state | {
-                "model": model.state_dict(), "average": average.state_dict(),
-                "optimizer": [optimizer.state[p] for p in model.parameters()]})
-            write_log(out / "log.csv", history)
-            bar.set_postfix_str(f"val ELBO {row['val_elbo']:.2f} recon {row['val_recon']:.2f} "
-                                f"KL {row['val_kl']:.2f} beta {beta:.2f}")
-            stop()
+        fit(run, args, data, out)
     except Diverged as error:
-        kept = keep_best(out / "best.pt", average, state, settings)
+        kept = "no sound epoch at beta = 1 came before, so no weights are kept"
+        if run.best:
+            keep(out / "best.pt")
+            kept = f"the best weights, of epoch {run.best_epoch}, are in {out / 'best.pt'}"
         raise Diverged(f"{error}; {kept}. Try a lower --lr (now {args.lr:g}), a lower --clip or a "
                        "longer --warmup, with another --out") from None
-    finally:
-        bar.close()
-    write_log(out / "log.csv", history)
-    if not state["best"]:       # shorter than the warm-up: the last weights are all there is
-        state |= {"best": average.state_dict(), "best_epoch": state["epoch"]}
-    keep_best(out / "model.pt", average, state, settings)
+    keep(out / "model.pt")
     lock.close()
-    return out / "model.pt"
+    return (f"trained {run.epoch} epochs in {seconds(run) / 60:.1f} minutes, the best is epoch "
+            f"{run.best_epoch}: {out / 'model.pt'}")
 
 
-def exhausted(state, args):
-    return state["best"] and state["epoch"] - state["best_epoch"] >= args.patience
+def seconds(run):
+    """Time that the epochs took, validation included."""
+    return sum(row["seconds"] for row in run.history)
 
 
-def mean_image_elbo(data):
-    """Validation log-likelihood of independent pixels at the training mean: what no model may miss."""
-    logits = torch.logit(mean_image(data.train).clamp(0.01, 0.99))
-    return log_bernoulli(mean_image(data.val), logits).item()
-
-
-def keep_best(path, average, state, settings):
-    """Writes the best weights to `path` and says so."""
-    if not state["best"]:
-        return "no sound epoch at beta = 1 came before, so no weights are kept"
-    average.load_state_dict(state["best"])
-    save(path, average, run=settings, epochs=state["epoch"], best_epoch=state["best_epoch"],
-         train_seconds=sum(row["seconds"] for row in state["history"]))
-    return f"the best weights, of epoch {state['best_epoch']}, are in {path}"
-
-
+@files.command
 def main(argv=None):
     torch.set_flush_denormal(True)      # before any worker thread exists; they inherit it
     args = parse_args(argv)
-    received = []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, frame: received.append(number))
-
-    def stop():
-        if received:
-            raise Stopped
-
     try:
-        print(run(args, stop))
-    except Stopped:
+        files.Line(Path(args.out).name).say(train(args))
+    except files.Stopped:
         words = [w for w in (argv if argv is not None else sys.argv[1:]) if w != "--resume"]
-        hint = " ".join(words + ["--resume"]) if args.out else "--out FOLDER --resume, as above"
-        print(f"stopped; the finished epochs are kept. Go on with: python train.py {hint}",
-              file=sys.stderr)
-        return 128 + received[0]
+        again = words if "--out" in words else [*words, "--out", args.out]
+        print("stopped; the finished epochs are kept. Go on with: python train.py "
+              f"{' '.join(again)} --resume", file=sys.stderr)
+        raise
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
+        files.fail(error)
         return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {describe(error)}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def describe(error):
-    """One line for the user; an OSError names the file."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'writing'}: {error.strerror}; finished epochs stay in last.pt"
-    return " ".join(str(error).split())
 
 
 if __name__ == "__main__":

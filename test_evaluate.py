@@ -1,0 +1,253 @@
+"""evaluate.py: the likelihood against the plain estimate, statistics in known cases, the records.
+
+    pytest test_evaluate.py
+"""
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import data as datasets
+import evaluate
+import models
+from test_models import randn, seeded, uniform
+from test_train import digits, fit, one_line, whole      # noqa: F401  (two of them are fixtures)
+
+
+@pytest.fixture(scope="session")
+def hwhole(digits, tmp_path_factory):
+    return fit(tmp_path_factory.mktemp("hwhole") / "run", digits, "--model", "hvae")
+
+
+def evaluated(folder, *more, code=0):
+    """The metrics and arrays that evaluate.py wrote in this folder."""
+    words = [str(folder), "--samples", "20", "--device", "cpu", *map(str, more)]
+    assert evaluate.main(words) == code
+    if code == 0:
+        with np.load(folder / "arrays.npz", allow_pickle=False) as file:
+            return json.loads((folder / "metrics.json").read_text()), dict(file)
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ----------------------------------------------------------------------------------- likelihood
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("reach, low, high, bound", [(3, -6, 2, 1e-2), (2, -4, 1, 5e-4)])
+def test_a_mixture_around_a_center_is_the_mixture(learned, reach, low, high, bound):
+    K, D = 500, 40
+    mu, logvar = uniform(-reach, reach, K, D), uniform(low, high, K, D, seed=1)
+    prior = models.MixturePrior(mu, logvar, randn(K, seed=2) if learned else None)
+    prior.requires_grad_(False)
+    single = copy.deepcopy(prior).float()
+    for k, spread in ((0, low), (1, high)):
+        z = mu[k] + math.exp(spread / 2) * randn(7, 1, D, seed=3)
+        near = evaluate.Around(prior, mu[k])
+        torch.testing.assert_close(near.log_prob(z), prior.log_prob(z), rtol=1e-12, atol=1e-9)
+        value = evaluate.Around(single, mu[k].float()).log_prob(z.float())
+        assert value.dtype == torch.float32 and value.shape == (7, 1)
+        assert (value - prior.log_prob(z.float().double())).abs().max() <= bound
+
+
+@pytest.mark.parametrize("kind", ["whole", "hwhole"])
+def test_likelihood_equals_the_plain_estimate(kind, request):
+    """As the field writes it: all samples at once, float64, the same noise image by image."""
+    model, data, _ = evaluate.load_run(request.getfixturevalue(kind))
+    S, x = 1500, datasets.pixels(data.test)
+    ours = evaluate.importance_terms(model, data.test, S, seeded(0))
+    base, double = torch.randint(2**62, (), generator=seeded(0)).item(), copy.deepcopy(model).double()
+    with torch.no_grad():
+        for i in range(len(x)):
+            noise, draw = seeded(base + i), torch.randn
+            torch.randn = lambda *args, **more: draw(*args, **(more | {"dtype": torch.float32})).double()
+            try:        # passes of 1,000 samples share one stream
+                parts = [double.terms(x[i:i + 1].double(), n, noise) for n in (1000, 500)]
+            finally:
+                torch.randn = draw
+            parts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            log_w = parts["recon"] - parts["kl"]
+            wanted = {name: value.mean() for name, value in parts.items()}
+            wanted |= {"elbo": log_w.mean(), "log_px": log_w.exp().mean().log()}
+            assert wanted.keys() == ours.keys()
+            for name, value in wanted.items():
+                assert ours[name][i].item() == pytest.approx(value.item(), abs=2e-4), name
+
+
+def test_likelihood_does_not_depend_on_blocks_or_threads(hwhole, monkeypatch):
+    model, data, _ = evaluate.load_run(hwhole)
+    before, found, seen, terms = torch.get_num_threads(), [], set(), model.terms
+
+    def watched(*args):
+        seen.add((torch.is_grad_enabled(), torch.get_num_threads()))
+        return terms(*args)
+    monkeypatch.setattr(model, "terms", watched)
+    try:
+        for threads, block in ((1, 100), (3, 100), (3, 5)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(evaluate, "INFER", block)
+            found.append(evaluate.log_likelihood(model, data.test, 64, seeded(0)))
+            with pytest.raises(RuntimeError):       # also after a failure
+                evaluate.log_likelihood(model, data.test[:, 1:], 64)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found[:2]) and seen == {(False, 1)}
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-4)
+    assert found[0].shape == (len(data.test),) and found[0].dtype == torch.float64
+    assert not torch.equal(evaluate.log_likelihood(model, data.test, 64, seeded(1)), found[0])
+
+
+def test_likelihood_stops_without_waiting_for_the_block(whole, monkeypatch):
+    model, data, _ = evaluate.load_run(whole)
+    terms, done = evaluate._image_terms, []
+
+    def counted(*args):
+        done.append(1)
+        return terms(*args)
+
+    def stop():
+        raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "_image_terms", counted)
+    x = data.test[:1].expand(evaluate.INFER, -1)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.importance_terms(model, x, 2000, tick=stop)
+    assert 0 < len(done) < len(x)
+
+
+# ------------------------------------------------------------------------ latents and pictures
+
+
+def known_model(encoder, components=2):
+    """A VAE of four latents with this encoder and a VampPrior of pseudo-inputs of one hot pixel."""
+    model = models.build(models.Config(x_dim=9, hidden=4, z_dim=4, components=components))
+    model.encode = encoder
+    model.prior = models.VampPrior(encoder, torch.eye(9)[:components])
+    return model
+
+
+def test_units_are_active_by_the_variance_of_their_mean():
+    """Variances 0.02, 0.005, 25 and 0: by the standard deviations one unit more would count."""
+    def encoder(x):
+        return x[:, :1] * torch.tensor([0.02**.5, 0.005**.5, 5.0, 0]) * 2, torch.full((len(x), 4), -2.0)
+    x = (torch.arange(4000) % 2)[:, None].repeat(1, 9).mul(255).to(torch.uint8)
+    m, a = evaluate.latent_statistics(known_model(encoder), x, seeded(0))
+    assert m["active_units"] == {"z": 2} and m["latent_dims"] == {"z": 4}
+    assert a["variance_z"].tolist() == pytest.approx([0.02, 0.005, 25, 0], rel=1e-3)
+    torch.testing.assert_close(a["latent_means"], encoder(datasets.pixels(x))[0])
+
+
+@pytest.mark.parametrize("components, used", [(2, 2.0), (4, 2.0)])
+def test_components_used_by_two_kinds_of_images(components, used):
+    """Components 0 and 1 lie where the images are, the others far away."""
+    def encoder(x):
+        mu = torch.zeros(len(x), 4)
+        mu[:, 2] = 100 * x[:, 0] + 900 * x[:, 2] + 1800 * x[:, 3]
+        return mu, torch.full((len(x), 4), -2.0)
+    x = torch.eye(9)[torch.arange(400) % 2].mul(255).to(torch.uint8)
+    m, a = evaluate.latent_statistics(known_model(encoder, components), x, seeded(0))
+    assert m["components"] == components
+    assert m["components_used"] == pytest.approx(used, abs=1e-3)
+    assert a["component_use"].sum() == pytest.approx(1) and a["component_use"][:2].min() > 0.49
+
+
+@pytest.mark.parametrize("prior", models.PRIORS)
+@torch.no_grad()
+def test_kl_per_dimension_of_a_factorised_prior_adds_up(prior):
+    """With one component the marginals are the prior, so the sum is the closed-form KL."""
+    torch.manual_seed(0)
+    model = models.build(models.Config("vae", prior, 9, 4, 3, 1))
+    x = torch.randint(0, 2, (500, 9)).mul(255).to(torch.uint8)
+    _, a = evaluate.latent_statistics(model, x, seeded(0), draws=100)
+    q, p = model.encode(datasets.pixels(x)), model.prior.components()
+    q, p = (torch.distributions.Normal(mu, (0.5 * logvar).exp()) for mu, logvar in (q, p))
+    exact = torch.distributions.kl_divergence(q, p).mean(0)
+    torch.testing.assert_close(a["kl_per_dim_z"], exact, rtol=0.05, atol=0.05)
+
+
+def test_pictures_show_what_they_are_named_for(whole):
+    model, data, _ = evaluate.load_run(whole)
+    x, use = data.test[:7], torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2, 0.0])
+    got = evaluate.pictures(model, x, seeded(1), n=5) | evaluate.pseudo_pictures(
+        model, use, seeded(2), n=3)
+    assert torch.equal(got["images"], datasets.pixels(x[:5]))
+    with torch.no_grad():
+        assert torch.equal(got["reconstructions"], model.reconstruct(got["images"]))
+        assert torch.equal(got["samples"], model.sample(64, seeded(1)))
+        assert got["pseudo_use"].tolist() == pytest.approx([0.4, 0.3, 0.2])
+        assert torch.equal(got["pseudo_inputs"], model.prior.u[[1, 3, 4]])
+        mu, logvar = (part[[1, 3, 4]] for part in model.prior.components())
+        z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=seeded(2))
+        assert torch.equal(got["pseudo_samples"], model.generate(z))
+
+
+# ---------------------------------------------------------------------------------- the record
+
+
+@pytest.mark.parametrize("kind", ["whole", "hwhole"])
+def test_metrics_are_means_over_images_with_standard_errors(kind, request, tmp_path):
+    shutil.copytree(request.getfixturevalue(kind), tmp_path / "run")
+    m, a = evaluated(tmp_path / "run")
+    names = ["elbo", "recon", "kl", *(["kl1", "kl2"] if kind == "hwhole" else [])]
+    for name, values in {"nll": -a["log_px"], **{name: a[name] for name in names}}.items():
+        assert m[name]["mean"] == pytest.approx(values.mean(), rel=1e-5)
+        assert m[name]["se"] == pytest.approx(values.std(ddof=1) / len(values)**0.5, rel=1e-4)
+    assert m["elbo"]["mean"] == pytest.approx(m["recon"]["mean"] - m["kl"]["mean"])
+    assert m["nll"]["mean"] <= -m["elbo"]["mean"]
+    assert m["images"] == len(a["labels"]) == 12 and m["samples"] == 20
+    assert {"seed", "seconds", "device", "versions", "model_sha256", "epochs", "best_epoch",
+            "train_seconds", "components_used"} <= m.keys()
+    assert not {"mutual_information", "marginal_kl"} & m.keys()     # they sit at log N: say nothing
+    again, _ = evaluated(tmp_path / "run")
+    assert again | {"seconds": 0} == m | {"seconds": 0}
+    few, arrays = evaluated(tmp_path / "run", "--images", 5)
+    assert few["images"] == len(arrays["labels"]) == 5
+    assert np.array_equal(arrays["elbo"], a["elbo"][:5])
+
+
+def test_labels_are_those_of_the_test_images(run, digits):
+    _, a = evaluated(run)
+    with np.load(digits) as file:
+        order = np.random.RandomState(777).permutation(120)[108:]
+        assert np.array_equal(a["labels"], file["y"][order])
+
+
+@pytest.mark.parametrize("damage", ("cut", "flip", "empty", "text", "gone"))
+def test_no_checkpoint_is_refused(damage, run, capsys):
+    data = (run / "model.pt").read_bytes()
+    data = {"cut": data[:-1], "empty": b"", "text": b"weights\n" * 99,
+            "flip": data[:999] + bytes([data[999] ^ 1]) + data[1000:]}.get(damage)
+    (run / "model.pt").write_bytes(data) if data is not None else (run / "model.pt").unlink()
+    evaluated(run, code=2)
+    one_line(capsys, "model.pt")
+    assert not (run / "metrics.json").exists()
+
+
+def test_a_file_that_moved_is_named_and_one_that_changed_refused(run, digits, tmp_path, capsys,
+                                                                 whole):
+    with np.load(digits) as file:
+        x, y = file["x"].copy(), file["y"]
+    wanted, _ = evaluated(run, "--dataset", digits)
+    np.savez(tmp_path / "moved.npz", x=x, y=y)
+    found, _ = evaluated(run, "--dataset", tmp_path / "moved.npz")
+    assert found["nll"] == wanted["nll"]
+    x[0] ^= 1
+    np.savez(tmp_path / "changed.npz", x=x, y=y)
+    evaluated(run, "--dataset", tmp_path / "changed.npz", code=2)
+    one_line(capsys, "other images", "--dataset")
+
+
+@pytest.mark.parametrize("flags", [["--samples", "0"], ["--images", "-1"], ["--seed", "x"]])
+def test_bad_flags(flags, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["run", *flags])
+    assert stop.value.code == 2
+    one_line(capsys, flags[0], flags[1])

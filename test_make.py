@@ -1,0 +1,233 @@
+"""The Makefile by running it, and the claims of README.md and RESULTS.md.
+
+    pytest test_make.py -k "not slow"
+"""
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import report
+import train
+from test_evaluate import evaluated
+from test_train import TINY, assert_same_run, digits, rows, wait_for, whole     # noqa: F401
+
+HERE = Path(__file__).parent
+ENV = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}    # without what a make above exports
+
+
+def command(target, folder, digits, *more):
+    flags = " ".join(TINY).replace("--epochs 4 ", "")
+    return ["make", target, f"RUN={folder}", f"DATASET={digits}", "EPOCHS=4",
+            "SAMPLES=20", f"PYTHON={sys.executable}", f"TRAIN_FLAGS={flags}", *more]
+
+
+def make(target, folder, digits, *more, code=0):
+    done = subprocess.run(command(target, folder, digits, *more), capture_output=True, text=True,
+                          env=ENV, cwd=HERE)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def made(digits, tmp_path_factory):
+    """A results folder made by `make all`: all three models, two at once, and what make printed."""
+    folder = tmp_path_factory.mktemp("made") / "results" / "run"
+    return folder, make("all", f"{folder}/", digits, "JOBS=2")      # the slash is taken away
+
+
+def test_make_trains_evaluates_and_draws_all(made):
+    folder, done = made
+    for name in ("vae", "vamp", "hvamp"):
+        found = {p.name for p in (folder / name).iterdir()}
+        assert {"config.json", "log.csv", "last.pt", "model.pt", "metrics.json", "arrays.npz",
+                "reconstructions.png", "samples.png", "latent.png", "curves.png",
+                "likelihood.png", "kl.png"} <= found
+        assert ("pseudo_inputs.png" in found) == (name != "vae")
+        assert len(rows(folder / name)) == 4
+    assert {p.stem for p in folder.glob("*.png")} == {
+        "comparison", "samples", "tradeoff", "dynamics", "active_units", "latents"}
+    assert "| Model | Recon | KL | ELBO | NLL |" in (folder / "comparison.md").read_text()
+    assert {p.name for p in folder.parent.iterdir()} == {"run", "latest"}
+    assert (folder.parent / "latest").resolve() == folder
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_what_a_log_file_gets(made):
+    """A line when a model is trained, evaluated, drawn; the table and the folder last; no shell."""
+    folder, done = made
+    lines = done.stdout.splitlines()
+    for name in ("vae", "vamp", "hvamp"):
+        said = [line for line in lines if line.startswith(f"{name}: ")]
+        assert [line.split()[1].strip(",") for line in said] == ["trained", "evaluated", "trained"]
+        assert "drawn" in said[-1]
+    assert str(folder) in lines[-1] and any("VAE + VampPrior  " in line for line in lines[-9:])
+    assert not re.search(r"train\.py|evaluate\.py|plot\.py|--", done.stdout)
+    assert len(done.stderr.splitlines()) < 10 and "\x1b" not in done.stdout + done.stderr
+
+
+def test_models_made_side_by_side_are_as_if_alone(made, whole, tmp_path):
+    """In other processes, two at once: the same weights and the same metrics."""
+    assert_same_run(made[0] / "vamp", whole)
+    shutil.copytree(whole, tmp_path / "run")
+    metrics, _ = evaluated(tmp_path / "run")
+    other = json.loads((made[0] / "vamp" / "metrics.json").read_text())
+    for name in ("elbo", "recon", "kl", "nll", "components_used"):
+        assert metrics[name] == other[name]
+
+
+def test_make_makes_only_what_is_missing_or_asked_for_otherwise(made, digits):
+    folder = made[0]
+
+    def remade(*more):
+        before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.suffix in (".pt", ".json")}
+        make("run", folder, digits, "MODELS=vae vamp", *more)
+        return {str(p.relative_to(folder)) for p in before if p.stat().st_mtime_ns != before[p]}
+    assert remade() == set()
+    (folder / "vamp" / "metrics.json").rename(folder / "vamp" / "old.json")
+    assert remade() == set() and (folder / "vamp" / "metrics.json").exists()
+    assert remade("SAMPLES=21") == {f"{name}/metrics.json" for name in ("vae", "vamp")}
+    assert json.loads((folder / "vae" / "metrics.json").read_text())["samples"] == 21
+
+
+@pytest.mark.parametrize("change", ["SEED=1", "EPOCHS=5", "DATASET=mnist5k", "RECIPE=long"])
+def test_make_refuses_a_folder_made_with_other_settings(made, digits, change):
+    before = {p: p.stat().st_mtime_ns for p in made[0].rglob("*") if p.is_file()}
+    done = make("all", made[0], digits, change, code=2)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and change in lines[0] and "another RUN" in lines[0]
+    assert before == {p: p.stat().st_mtime_ns for p in made[0].rglob("*") if p.is_file()}
+
+
+def test_slow_make_interrupted_leaves_no_half_target(digits, tmp_path):
+    """Ctrl-C goes to make and all it runs; the same command goes on and ends with the same run."""
+    def start(folder):
+        return subprocess.Popen(command("all", folder, digits, "MODELS=vamp", "EPOCHS=40"), text=True,
+                                stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENV,
+                                cwd=HERE, start_new_session=True)
+    folder = tmp_path / "often"
+    process = start(folder)
+    wait_for(lambda: (folder / "vamp" / "log.csv").exists(), process)
+    os.killpg(process.pid, signal.SIGINT)
+    assert "--resume" in process.communicate()[1]
+    assert process.returncode != 0
+    assert not (folder / "vamp" / "model.pt").exists() and (folder / "vamp" / "last.pt").exists()
+    for one in (folder, tmp_path / "whole"):
+        assert start(one).wait() == 0
+    assert_same_run(folder / "vamp", tmp_path / "whole" / "vamp")
+
+
+def plan(*words):
+    """What make would run, with a folder that does not exist."""
+    return subprocess.run(["make", "-n", "-C", HERE, "PYTHON=python3", *words], env=ENV,
+                          capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("words, folder", [
+    (["all"], r"results/\d{8}-\d{6}"), (["quick"], r"results/\d{8}-\d{6}-quick"),
+    (["quick", "RUN=results/x/"], "results/x"), (["paper"], r"results/\d{8}-\d{6}-paper"),
+    (["vamp", "RUN=a/"], "a")])
+def test_the_folder_of_a_run(words, folder):
+    out = set(re.findall(r"--out (\S+)/(?:vae|vamp|hvamp|hvae)\b", plan(*words).stdout))
+    assert len(out) == 1 and re.fullmatch(folder, out.pop())
+
+
+@pytest.mark.parametrize("words, said", [(["all", "MODELS=vqvae"], "vqvae"),
+                                         (["all", "RUN=a b"], "without spaces")])
+def test_make_refuses_in_one_line(words, said):
+    done = plan(*words)
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_make_names_the_python_it_needs(tmp_path):
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.6\nexit 1\n')
+    old.chmod(0o755)
+    done = subprocess.run(["make", "-C", HERE, "all", f"PYTHON3={old}", f"VENV={tmp_path}/venv"],
+                          env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and not (tmp_path / "venv").exists()
+    assert "3.10 or newer is needed, this is Python 3.9.6" in done.stderr.splitlines()[0]
+
+
+def test_clean_takes_a_link_that_points_nowhere(tmp_path):
+    shutil.copy(HERE / "Makefile", tmp_path)
+    (tmp_path / "results" / "1-quick").mkdir(parents=True)
+    latest = tmp_path / "results" / "latest"
+    for target, stays in (("1-quick", False), ("2", True)):
+        (tmp_path / "results" / "2").mkdir(exist_ok=True)
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(target)
+        subprocess.run(["make", "-C", tmp_path, "clean"], env=ENV, check=True, capture_output=True)
+        assert latest.is_symlink() == stays and (tmp_path / "results" / "2").exists()
+
+
+def test_make_help_names_every_target():
+    text = subprocess.run(["make", "-C", HERE, "help"], env=ENV, check=True, capture_output=True,
+                          text=True).stdout
+    phony = re.search(r"^\.PHONY: (.*)", (HERE / "Makefile").read_text(), re.M)[1].split()
+    for target in [*phony[:-1], "vae", "vamp", "hvae", "hvamp"]:
+        assert re.search(rf"\b{target}\b", text) or target in ("run", "FORCE"), target
+
+
+# ----------------------------------------------------------------------- README.md and RESULTS.md
+
+
+def test_readme_example_trains_a_foreign_vae():
+    example = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    assert len(example.splitlines()) <= 20
+    torch.manual_seed(0)
+    names = {}
+    exec(example.replace("range(100)", "range(1)"), names)
+    before = names["elbo"].mean().item()
+    torch.manual_seed(0)
+    exec(example, names)
+    assert names["elbo"].mean().item() > before + 20
+    assert names["samples"].shape == (16, 784)
+    u = names["prior"].u
+    assert 0 <= u.min() and u.max() <= 1 and ((u > 0) & (u < 1)).any()     # they were learned
+
+
+@pytest.mark.parametrize("name", ["README.md", "RESULTS.md"])
+def test_documents_are_those_of_the_records(name):
+    text = (HERE / name).read_text()
+    assert report.renewed(HERE / name, report.blocks(HERE / "assets")) == text, "make docs renews it"
+    assert text.count("<!-- begin ") >= 3
+    for path in re.findall(r"\]\(([^):]+)\)|`((?:test_)?\w+\.py)`", text):
+        assert (HERE / (path[0] or path[1])).exists(), path
+
+
+def test_readme_is_read_in_two_minutes():
+    assert len((HERE / "README.md").read_text().split()) <= 1600
+
+
+def test_claims_of_the_long_runs():
+    found = {p.name: json.loads((p / "metrics.json").read_text()) for p in (HERE / "assets/paper").iterdir()}
+    assert found.keys() == {"vae", "vamp", "hvae", "hvamp"}
+    for name, m in found.items():
+        below = report.PAPER[m["model"], m["prior"]] - m["nll"]["mean"]
+        assert below > m["nll"]["se"], name
+        assert (m["samples"], m["images"]) == (5000, 10_000)
+    short = json.loads((HERE / "assets/runs/vamp/metrics.json").read_text())
+    assert 4 <= found["vamp"]["epochs"] / short["epochs"] < 4.5     # "about four times longer"
+
+
+@pytest.mark.parametrize("target, folder", [("all", "runs"), ("paper", "paper")])
+def test_recorded_runs_are_those_that_make_makes(target, folder):
+    commands = re.findall(r"train\.py (.*)", plan(target).stdout.replace("\\\n", " "))
+    for text in commands:
+        words = text.replace('"', "").replace("$(cat", "").split()
+        words = ["mnist" if word.endswith("/dataset)") else word for word in words]
+        args = vars(train.settle(train.parse_args(words), 50_000)[0])
+        name = Path(args["out"]).name
+        recorded = json.loads((HERE / "assets" / folder / name / "config.json").read_text())["args"]
+        free = (*train.WHERE, "split_seed")     # of no use for MNIST; the paper's runs are older
+        assert {k: v for k, v in args.items() if k not in free} == {
+            k: v for k, v in recorded.items() if k not in free}, name
+    assert len(commands) == len(list((HERE / "assets" / folder).iterdir()))

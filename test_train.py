@@ -1,0 +1,529 @@
+"""train.py: what an epoch computes, resuming after every kind of accident, errors in one line.
+
+    pytest test_train.py -k "not slow"      # `make test`; without -k: `make test-all`
+"""
+import csv
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data as datasets
+import files
+import models
+import train
+
+HERE = Path(__file__).parent
+TINY = ["--hidden", "16", "--z-dim", "4", "--pseudo-inputs", "6", "--batch-size", "20",
+        "--epochs", "4", "--warmup", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """A user's npz: 120 grey images of 8 x 8, ten random patterns, with labels."""
+    rng = np.random.default_rng(0)
+    y, patterns = rng.integers(0, 10, 120), rng.random((10, 8, 8)) > 0.5
+    x = ((patterns[y] * 0.8 + rng.random((120, 8, 8)) * 0.2) * 255).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "digits.npz"
+    np.savez(path, x=x, y=y)
+    return path
+
+
+def words(out, digits, *more):
+    return [*TINY, "--dataset", str(digits), "--out", str(out), *map(str, more)]
+
+
+def fit(out, digits, *more, code=0):
+    """Trains in this process; the exit code is checked."""
+    assert train.main(words(out, digits, *more)) == code
+    return Path(out)
+
+
+def popen(out, digits, *more, **kwargs):
+    return subprocess.Popen([sys.executable, str(HERE / "train.py"), *words(out, digits, *more)],
+                            stderr=subprocess.PIPE, text=True, cwd=out.parent,
+                            env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+                            **kwargs)
+
+
+def rows(folder):
+    """log.csv without its seconds."""
+    with open(folder / "log.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def load(path):
+    return files.load_model(path, models.build)
+
+
+def assert_same_run(a, b):
+    """Weights and log equal, bit for bit; seconds aside."""
+    assert rows(a) == rows(b)
+    one, two = load(a / "model.pt"), load(b / "model.pt")
+    for (name, p), (_, q) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
+        assert torch.equal(p, q), name
+    assert one.extra["best_epoch"] == two.extra["best_epoch"]
+
+
+@pytest.fixture(scope="session")
+def whole(digits, tmp_path_factory):
+    """An uninterrupted run of the VampPrior."""
+    return fit(tmp_path_factory.mktemp("whole") / "run", digits)
+
+
+def one_line(capsys, *words):
+    """The single line of stderr, which has all of `words` and no traceback."""
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    for word in words:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+# ------------------------------------------------------------------------- the plain reference
+
+
+def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, clip, path):
+    """The README's recipe, straight: (rows of what log.csv says, the averaged weights per epoch)."""
+    u, size = model.prior.u, -(-len(data.train) // batch)
+    with torch.no_grad():
+        model.output.bias.copy_(torch.logit((data.train.double() / 255).mean(0).float().clamp(.01, .99)))
+    average = {k: v.clone() for k, v in model.state_dict().items()}
+    matrices = [p for p in model.parameters() if p.ndim > 1 and p is not u]
+    others = [p for p in model.parameters() if p.ndim == 1] + [u]
+    adam = torch.optim.AdamW([{"params": matrices, "weight_decay": decay},
+                              {"params": others, "weight_decay": 0}], betas=(0.9, 0.99))
+    log, kept, step = [], [], 0
+    for epoch in range(1, epochs + 1):
+        noise = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        order, row = torch.randperm(len(data.train), generator=noise), {"train_elbo": 0.0}
+        for index in order.split(batch):
+            step += 1
+            left = (epochs * size - step) / (epochs * size - size)      # 1 after an epoch of rising
+            for group in adam.param_groups:
+                group["lr"] = lr * min(step / size, left)
+            grey = data.train[index]
+            x = (grey > torch.empty_like(grey).random_(0, 255, generator=noise)).float()
+            parts = model.terms(x, generator=noise, path_gradient=path)
+            loss = (min(1, epoch / warmup) * parts["kl"] - parts["recon"]).mean()
+            adam.zero_grad()
+            loss.backward()
+            length = torch.sqrt(sum((p.grad ** 2).sum() for p in model.parameters()))
+            for p in model.parameters():
+                p.grad *= min(1, clip / length) if clip else 1
+            adam.step()
+            with torch.no_grad():
+                u.copy_(u.clamp(0, 1))
+                for name, value in model.state_dict().items():
+                    share = min(ema, step / (step + 9))
+                    average[name] += (1 - share) * (value - average[name])
+            row["train_elbo"] += (parts["recon"] - parts["kl"]).sum().item() / len(data.train)
+        live = {k: v.clone() for k, v in model.state_dict().items()}
+        model.load_state_dict(average)
+        with torch.no_grad():
+            parts = model.terms(data.val.float() / 255, generator=torch.Generator().manual_seed(seed))
+        model.load_state_dict(live)
+        row |= {f"val_{name}": value.mean().item() for name, value in parts.items()}
+        row["beta"] = min(1, epoch / warmup)
+        log.append(row)
+        kept.append({k: v.clone() for k, v in average.items()})
+    return log, kept
+
+
+@pytest.mark.parametrize("model, flags", [
+    ("vae", {}), ("hvae", {}), ("vae", {"clip": 5.0, "seed": 5, "ema": 0.7, "decay": 0.0}),
+    ("vae", {"path": False, "clip": 0, "warmup": 1})])
+def test_training_equals_a_plain_reference(model, flags, digits, tmp_path):
+    """Weights, log and best epoch of four epochs, by torch's own AdamW and no code of train.py."""
+    f = {"seed": 0, "epochs": 4, "batch": 20, "lr": 0.005, "warmup": 3, "ema": 0.9, "decay": 0.5,
+         "clip": 12.0, "path": True} | flags
+    out = fit(tmp_path / "run", digits, "--model", model, "--seed", f["seed"], "--lr", f["lr"],
+              "--warmup", f["warmup"], "--ema", f["ema"], "--weight-decay", f["decay"],
+              "--clip", f["clip"], *["--full-gradient"] * (not f["path"]))
+    data = datasets.load(str(digits))
+    torch.manual_seed(f["seed"])
+    first = data.train[torch.randperm(len(data.train))[:6]]
+    u = (first > torch.empty_like(first).random_(0, 255)).float()
+    plain = models.build(models.Config(model, "vamp", 64, 16, 4, 6), u)
+    log, kept = plain_training(plain, data, **f)
+    for wanted, row in zip(log, rows(out), strict=True):
+        for name, value in wanted.items():
+            assert float(row[name]) == pytest.approx(value, rel=1e-5, abs=2e-5), name
+    best = max((row["val_recon"] - row["val_kl"], i) for i, row in enumerate(log)
+               if row["beta"] == 1)[1]
+    found = load(out / "model.pt")
+    assert found.extra["best_epoch"] == best + 1
+    for name, value in found.state_dict().items():
+        torch.testing.assert_close(value, kept[best][name], rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_case_leaves_nothing_out(digits, tmp_path):
+    """In it gradients are clipped, pixels are projected and moved, beta matters, the average lags."""
+    out = fit(tmp_path / "run", digits, "--lr", 0.005, "--warmup", 3, "--ema", 0.9)
+    log, last = rows(out), files.load(out / "last.pt")
+    assert float(log[0]["grad_norm"]) > 12 and 0 < float(log[-1]["clipped"]) < 1
+    assert float(log[-1]["val_kl"]) > 0.1
+    assert not torch.equal(last["model"]["output.bias"], last["average"]["output.bias"])
+
+
+@pytest.mark.parametrize("schedule, quarter, middle, end", [
+    ("linear", 0.75, 0.5, 0), ("cosine", 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0),
+    ("constant", 1, 1, 1)])
+def test_schedules(schedule, quarter, middle, end):
+    found = [train.lr_factor(schedule, p, 0.2) for p in (0.05, 0.2, 0.4, 0.6, 1.0)]
+    assert found == pytest.approx([0.25, 1, quarter, middle, end])
+
+
+def test_the_epoch_kept_is_the_best_at_beta_1_and_patience_counts_from_it(digits, tmp_path,
+                                                                          monkeypatch):
+    elbo = iter([-1, -9, -5, -4, -6, -6, -6, -6])       # beta is 1 from the second epoch on
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_elbo": next(elbo)})
+    out = fit(tmp_path / "run", digits, "--epochs", 20, "--patience", 3)
+    assert load(out / "model.pt").extra["best_epoch"] == 4 and len(rows(out)) == 7
+
+
+@pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999)])
+@pytest.mark.parametrize("name", train.RECIPES)
+def test_flags_override_the_recipe_of_the_data_size(name, data, count):
+    args, record = train.settle(train.parse_args(["--recipe", name, "--lr", "0.5"]), count)
+    values = dict(zip(train.RECIPE_FLAGS, train.RECIPES[name][data]))
+    assert {flag: getattr(args, flag) for flag in values} == values | {"lr": 0.5}
+    assert record == {"name": name, "size": data, "values": values, "changed": {"lr": 0.5}}
+
+
+def test_config_json_records_recipe_and_values(whole):
+    config = json.loads((whole / "config.json").read_text())
+    assert config["recipe"]["name"] == "default" and config["recipe"]["changed"]["epochs"] == 4
+    assert config["args"]["epochs"] == 4 and config["args"]["lr"] == 3e-3     # few images
+
+
+# ------------------------------------------------------------------------------------ same bits
+
+
+@pytest.mark.parametrize("model", ("vae", "hvae"))
+@pytest.mark.parametrize("prior", ("standard", "mog", "vamp"))
+def test_resumed_run_equals_an_uninterrupted_one(model, prior, digits, tmp_path, monkeypatch):
+    flags = ["--model", model, "--prior", prior, "--learned-weights", "--patience", 1]
+    fit(tmp_path / "a", digits, *flags)
+    for last in (1, 2, 3):      # dies at the start of the epoch after `last`
+        die_in_epoch(last + 1, tmp_path / "b", digits, monkeypatch, "--resume", *flags)
+    fit(tmp_path / "b", digits, *flags, "--resume")
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+class Killed(BaseException):
+    """Stands for a kill: no handler of ours catches it."""
+
+
+def die_in_epoch(number, out, digits, monkeypatch, *flags):
+    """A run that is killed in this epoch."""
+    real = train.train_epoch
+
+    def epoch(run, *args):
+        if run.epoch + 1 == number:
+            raise Killed
+        return real(run, *args)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(train, "train_epoch", epoch)
+        train.main(words(out, digits, *flags))
+
+
+class Steps:
+    """Counts the moments before and after each wrapped call, and dies at moment `at`."""
+
+    def __init__(self, at=None):
+        self.seen, self.at = 0, at
+
+    def moment(self):
+        if self.seen == self.at:
+            raise Killed
+        self.seen += 1
+
+    def wrap(self, real):
+        def call(*args, **kwargs):
+            self.moment()
+            result = real(*args, **kwargs)
+            self.moment()
+            return result
+        return call
+
+
+def test_kill_at_any_step_of_a_write(whole, digits, tmp_path, monkeypatch):
+    """Dies before and after fsyncs and renames of a run, at 20 places; then goes on."""
+    def fit_until(at, folder):
+        steps = Steps(at)
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace"):
+                patch.setattr(os, name, steps.wrap(getattr(os, name)))
+            fit(folder, digits)
+        return steps.seen
+
+    moments = fit_until(None, tmp_path / "count")
+    assert moments > 40
+    for at in random.Random(0).sample(range(moments), 20):
+        folder = tmp_path / str(at)
+        with pytest.raises(Killed):
+            fit_until(at, folder)
+        for path in folder.glob("*.pt"):
+            files.load(path)
+        fit(folder, digits, "--resume")
+        assert_same_run(whole, folder)
+
+
+def test_slow_twenty_kills_at_random_moments(digits, tmp_path):
+    """kill -9 from outside, --resume until the run is complete; nothing half is left behind."""
+    flags = ["--epochs", 60]
+    whole, often = tmp_path / "whole", tmp_path / "often"
+    assert popen(whole, digits, *flags).wait() == 0
+    moment, kills = random.Random(1), 0
+    while kills < 20:
+        process = popen(often, digits, *flags, "--resume")
+        wait_for(lambda: (often / ".lock").exists(), process)
+        time.sleep(moment.uniform(0, 6))
+        process.kill()
+        process.wait()
+        kills += 1
+        if (often / "model.pt").exists():
+            assert_same_run(whole, often)
+            shutil.rmtree(often)
+    assert popen(often, digits, *flags, "--resume").wait() == 0
+    assert_same_run(whole, often)
+    assert not list(often.glob(".*.tmp"))
+
+
+def wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, process.stderr.read()
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_signal_keeps_the_run_and_says_how_to_go_on(number, digits, tmp_path):
+    flags = ["--epochs", 1000, "--patience", 1000]
+    process = popen(tmp_path / "run", digits, *flags)
+    wait_for(lambda: (tmp_path / "run" / "log.csv").exists(), process)
+    process.send_signal(number)
+    error = process.communicate()[1]
+    assert process.returncode == 128 + number and "Traceback" not in error
+    assert error.splitlines()[-1].endswith(f"--out {tmp_path / 'run'} {' '.join(map(str, flags))} --resume")
+    assert not (tmp_path / "run" / "model.pt").exists()
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+    fit(tmp_path / "run", digits, *flags[:1], len(rows(tmp_path / "run")), "--resume", code=2)
+
+
+def test_ctrl_c_while_the_data_load(digits, tmp_path, monkeypatch, capsys):
+    """Before the first step, too, it stops at once and says how to go on."""
+    monkeypatch.setattr(datasets, "load", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    files.catch_signals()
+    try:
+        with pytest.raises(files.Stopped) as stop:
+            train.main(words(tmp_path / "run", digits))
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before):
+            signal.signal(number, handler)
+    assert stop.value.code == 130 and "--resume" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_second_process_names_the_owner_and_leaves(digits, tmp_path, capsys):
+    flags = ["--epochs", 1000, "--patience", 1000]
+    owner = popen(tmp_path / "run", digits, *flags)
+    wait_for(lambda: (tmp_path / "run" / "log.csv").exists(), owner)
+    fit(tmp_path / "run", digits, *flags, "--resume", code=2)
+    one_line(capsys, "in use by", str(owner.pid))
+    owner.kill()
+    owner.wait()        # a crashed owner leaves a lock file, but no lock
+    fit(tmp_path / "run", digits, "--resume", code=2)
+    one_line(capsys, "epochs")
+
+
+def test_same_seed_same_run_and_another_seed_another(whole, digits, tmp_path):
+    assert_same_run(whole, fit(tmp_path / "again", digits))
+    other = fit(tmp_path / "other", digits, "--seed", 1)
+    assert rows(other)[0]["train_elbo"] != rows(whole)[0]["train_elbo"]
+
+
+def test_the_seed_does_not_choose_the_images(digits, tmp_path, whole):
+    """Runs of several seeds are tested on the same images; --split-seed chooses others."""
+    def images(*flags):
+        out = fit(tmp_path / "-".join(flags), digits, "--epochs", 1, *flags)
+        return json.loads((out / "config.json").read_text())["data"]["sha256"]
+    assert images("--seed", "1") == images("--seed", "2") != images("--split-seed", "1")
+
+
+def test_test_images_do_not_enter_training(whole, digits, tmp_path, monkeypatch):
+    load_data = datasets.load
+
+    def without_test(*args):
+        data = load_data(*args)
+        data.test.zero_()
+        return data
+    monkeypatch.setattr(datasets, "load", without_test)
+    assert_same_run(whole, fit(tmp_path / "run", digits))
+
+
+def test_slow_load(digits, tmp_path):
+    """A million binary images; K = 20,000 with S = 50,000. Memory: N D bytes of data (784 MB, and
+    more while it is split), K D floats for u, its gradient, two moments, average and best, and
+    blocks of fixed size. Time is N K; hence two runs."""
+    block = np.random.default_rng(0).integers(0, 2, (10_000, 784), dtype=np.uint8)
+    np.savez(tmp_path / "million.npz", x=np.tile(block, (100, 1)))
+    flags = [*TINY, "--epochs", "1", "--warmup", "0"]
+    many, large = tmp_path / "many", tmp_path / "large"
+    for script in (
+            ["train.py", *flags, "--dataset", str(tmp_path / "million.npz"), "--out", str(many),
+             "--batch-size", "20000"],
+            ["evaluate.py", str(many), "--samples", "5", "--images", "20000"],
+            ["train.py", *flags, "--dataset", str(digits), "--out", str(large),
+             "--pseudo-inputs", "20000"],
+            ["evaluate.py", str(large), "--samples", "50000", "--images", "2"]):
+        done = subprocess.run([sys.executable, *script], cwd=HERE, text=True, stderr=subprocess.PIPE)
+        assert done.returncode == 0, done.stderr
+        assert "%|" in done.stderr      # progress
+    assert json.loads((large / "metrics.json").read_text())["components"] == 20_000
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6_000_000     # kB
+
+
+# -------------------------------------------------------------------------------------- trouble
+
+
+def test_full_disk_keeps_the_last_checkpoint(digits, tmp_path, monkeypatch):
+    die_in_epoch(3, tmp_path / "run", digits, monkeypatch)
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    process = popen(tmp_path / "run", digits, "--resume", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (len(before) // 2, len(before) // 2)))
+    error = process.communicate()[1]
+    assert process.returncode == 2 and "Traceback" not in error
+    assert "File too large" in [x for x in error.splitlines() if "error: " in x][-1]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(digits, tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    fit(tmp_path / "run", digits, code=2)
+    tmp_path.chmod(0o700)
+    one_line(capsys, "Permission denied")
+
+
+def test_run_folder_below_a_file(digits, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fit(tmp_path / "file" / "run", digits, code=2)
+    one_line(capsys, "Not a directory")
+
+
+def test_learning_rate_of_one_stops_with_advice(digits, tmp_path, capsys):
+    fit(tmp_path / "run", digits, "--lr", 1e4, "--warmup", 0, "--clip", 1e9, "--epochs", 50, code=1)
+    one_line(capsys, "epoch", "--lr")
+    assert not (tmp_path / "run" / "model.pt").exists()
+
+
+def test_divergence_keeps_the_best_weights(digits, tmp_path, capsys, monkeypatch):
+    real, seen = models.VAE.terms, []
+
+    def terms(self, *args, **kwargs):
+        parts = real(self, *args, **kwargs)
+        seen.append(len(seen))      # an epoch has 5 training steps and 1 of validation
+        return parts | {"recon": parts["recon"] * (float("nan") if len(seen) > 14 else 1.0)}
+    monkeypatch.setattr(models.VAE, "terms", terms)
+    fit(tmp_path / "run", digits, code=1)
+    assert "epoch 2" in one_line(capsys, "not finite in epoch 3, step 3", "best.pt", "--lr")
+    assert load(tmp_path / "run" / "best.pt").extra["best_epoch"] == 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--prior", "vampire"], "vampire"), (["--model", "vqvae"], "vqvae"), (["--lr", "nan"], "nan"),
+    (["--pseudo-inputs", "0"], "0 is not from 1"), (["--epochs", "many"], "many"),
+    (["--lr", "-1"], "-1"), (["--resume"], "--out"), (["--recipe", "fast"], "fast")])
+def test_bad_flags(flags, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and said in one_line(capsys, "--help")
+
+
+def test_every_flag_has_help_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    options = re.split(r"\n  (?=--)", capsys.readouterr().out)[1:]
+    assert len(options) > 20
+    for option in options:
+        name, _, said = option.partition(" ")
+        assert len(said) > 15, option
+        if name not in ("--learned-weights", "--full-gradient", "--strict-data", "--resume"):
+            assert "default" in said, option
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the GPU")
+def test_absent_gpu(digits, tmp_path, capsys):
+    fit(tmp_path / "run", digits, "--device", "cuda", code=2)
+    one_line(capsys, "cuda", "cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_of_another_run(whole, digits, tmp_path, capsys):
+    shutil.copytree(whole, tmp_path / "run")
+    fit(tmp_path / "run", digits, code=2)
+    one_line(capsys, "--resume", "--out")
+    fit(tmp_path / "run", digits, "--resume", "--lr", 0.5, code=2)
+    one_line(capsys, "lr", "0.5")
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_an_array_may_move_but_not_change(digits, tmp_path, capsys, monkeypatch):
+    die_in_epoch(3, tmp_path / "run", digits, monkeypatch)
+    with np.load(digits) as file:
+        x, y = file["x"].copy(), file["y"]
+    np.savez(tmp_path / "moved.npz", x=x, y=y)
+    x[-1, -1, -1] ^= 1
+    np.savez(tmp_path / "changed.npz", x=x, y=y)
+    fit(tmp_path / "run", tmp_path / "changed.npz", "--resume", code=2)
+    one_line(capsys, "other images")
+    fit(tmp_path / "run", tmp_path / "moved.npz", "--resume")
+
+
+@pytest.mark.parametrize("name", ("last.pt", "config.json"))
+def test_damaged_run_folder_is_refused_or_unchanged(name, digits, tmp_path, monkeypatch, capsys):
+    """Flips a bit or cuts, many times: an error in one line, or the same run as before."""
+    die_in_epoch(2, tmp_path / "run", digits, monkeypatch)
+    monkeypatch.setattr(train, "fit", lambda *args: (_ for _ in ()).throw(Killed))
+    path = tmp_path / "run" / name
+    good, rng, refused = path.read_bytes(), random.Random(0), 0
+    for trial in range(40):
+        place = rng.randrange(len(good))
+        bad = bytearray(good[:place] if trial % 3 == 0 else good)
+        if trial % 3:
+            bad[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(bad)
+        try:
+            fit(tmp_path / "run", digits, "--resume", code=2)
+            one_line(capsys)
+            refused += 1
+        except Killed:      # accepted: then it was a part that does not define the run
+            assert name == "config.json"
+    assert refused == 40 if name == "last.pt" else refused > 20
+
+
+def test_a_sealed_file_that_does_not_fit_the_run_is_refused(digits, tmp_path, monkeypatch, capsys):
+    die_in_epoch(3, tmp_path / "run", digits, monkeypatch)
+    path = tmp_path / "run" / "last.pt"
+    good = files.load(path)
+    for key, value in (("history", []), ("epoch", 9), ("optimizer", good["optimizer"][1:]),
+                       ("model", {}), ("best", {"x": torch.zeros(1)}), ("average", 3)):
+        files.save(path, good | {key: value})
+        fit(tmp_path / "run", digits, "--resume", code=2)
+        one_line(capsys, "last.pt", "delete it")
