@@ -111,9 +111,9 @@ def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, cli
         order, row = torch.randperm(len(data.train), generator=noise), {"train_elbo": 0.0}
         for index in order.split(batch):
             step += 1
-            left = (epochs * size - step) / (epochs * size - size)      # 1 after an epoch of rising
+            left = max(0.5, epochs * size - step)       # the last step, too, has a rate
             for group in adam.param_groups:
-                group["lr"] = lr * min(step / size, left)
+                group["lr"] = lr * min(step / size, left / (epochs * size - size))
             grey = data.train[index]
             x = (grey > torch.empty_like(grey).random_(0, 255, generator=noise)).float()
             parts = model.terms(x, generator=noise, path_gradient=path)
@@ -411,6 +411,15 @@ def test_full_disk_keeps_the_last_checkpoint(digits, tmp_path, monkeypatch):
     assert "File too large" in [x for x in error.splitlines() if "error: " in x][-1]
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_folder_deleted_under_the_run(digits, tmp_path, capsys, monkeypatch):
+    real = train.validate
+    monkeypatch.setattr(train, "validate", lambda *args: (
+        shutil.rmtree(tmp_path / "run", ignore_errors=True), real(*args))[1])
+    fit(tmp_path / "run", digits, code=2)
+    one_line(capsys, "No such file or directory")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

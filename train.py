@@ -89,7 +89,7 @@ def parse_args(argv=None):
                        help="course of the learning rate to 0, after one epoch of rising")
     group.add_argument("--full-gradient", action="store_true",
                        help="keep the encoder's score, of mean zero, in the KL's gradient")
-    group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm")
+    group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm; 0: any")
     group.add_argument("--patience", type=_int(1), default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
     group.add_argument("--seed", type=_int(0, 2**31), default=0,
@@ -326,8 +326,10 @@ def train_epoch(run, args, data, tick=lambda: None):
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
     for step, index in enumerate(batches):
-        progress = (epoch - 1 + (step + 1) / len(batches)) / args.epochs
-        lr = args.lr * lr_factor(args.schedule, progress, min(1, args.epochs / 2) / args.epochs)
+        # the last step stops half a step short of the end, where a rate of 0 would waste it
+        now = min(epoch - 1 + (step + 1) / len(batches), args.epochs - 0.5 / len(batches))
+        lr = args.lr * lr_factor(args.schedule, now / args.epochs,
+                                 min(1, args.epochs / 2) / args.epochs)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         terms = model.terms(data.batch(index, generator), generator=generator,
@@ -335,7 +337,7 @@ def train_epoch(run, args, data, tick=lambda: None):
         loss = (beta * terms["kl"] - terms["recon"]).mean()
         run.optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise Diverged(f"the loss or its gradient is not finite in epoch {epoch}, step {step + 1}")
         run.optimizer.step()
