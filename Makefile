@@ -71,7 +71,7 @@ $(VENV)/.stamp: requirements.txt
 
 # ROWS: on a terminal each model has a line, which its processes write over
 all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and compared
-	@$(MAKE) $(RUN)/trained-by $(RUN)/dataset
+	@$(MAKE) -s $(RUN)/trained-by $(RUN)/dataset
 	@if [ "$(RECIPE) $$(cat $(RUN)/dataset)" = "default mnist" ]; then $(PYTHON) report.py --expect $(JOBS) \
 	  --models $(MODELS) --samples $(SAMPLES) $(if $(EPOCHS),--epochs $(EPOCHS)); fi
 	@if [ -t 2 ]; then printf '%s: waiting\n' $(MODELS) >&2; fi
@@ -125,7 +125,7 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@for m in $(MODELS); do mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
+	@set -e; for m in $(MODELS); do mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
 	  sed 's|"data_dir": .*|"data_dir": "data",|' $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi

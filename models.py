@@ -315,7 +315,7 @@ def _normal(mu, logvar=None, generator=None, size=()):
     return mu + eps if logvar is None else mu + torch.exp(0.5 * logvar) * eps
 
 
-def _draw(mu, logvar, generator):
+def _mean_or_draw(mu, logvar, generator):
     return mu if generator is None else _normal(mu, logvar, generator)
 
 
@@ -400,7 +400,7 @@ class Config:
 
 
 class _Model(nn.Module):
-    """What both models share. A subclass has `layers`, `infer`, `terms`, `decode`."""
+    """What both models share. A subclass has what VAE has, in as many layers as it likes."""
 
     def __init__(self, config, pseudo_inputs=None):
         super().__init__()
@@ -436,6 +436,10 @@ class _Model(nn.Module):
     def sample(self, n, generator=None):
         """n images as probabilities, (n, 784), by ancestral sampling from the prior."""
         return self.generate(self.prior.sample(n, generator), generator)
+
+    def reconstruct(self, x, generator=None):
+        """Probabilities (B, 784) decoded from the posteriors' means; with a generator, from draws."""
+        return torch.sigmoid(self.decode(*(z for z, _, _ in self.latents(x, generator).values())))
 
     def set_output_bias(self, mean):
         """Starts the decoder at the data's mean image (784,), which saves the first epochs."""
@@ -481,15 +485,11 @@ class VAE(_Model):
         """Images as probabilities (n, 784) given latents z (n, 40)."""
         return torch.sigmoid(self.decode(z))
 
-    def reconstruct(self, x, generator=None):
-        """Probabilities (B, 784) decoded from the posterior's mean; with a generator, a draw."""
-        return self.generate(_draw(*self.encode(x), generator))
-
     def latents(self, x, generator=None):
         """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
         (B, 40), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
         q = self.encode(x)
-        return {"z": (_draw(*q, generator), q, None)}
+        return {"z": (_mean_or_draw(*q, generator), q, None)}
 
 
 class HVAE(_Model):
@@ -543,18 +543,12 @@ class HVAE(_Model):
         mu1, logvar1 = self.p1(z2)
         return torch.sigmoid(self.decode(_normal(mu1, logvar1, generator), z2))
 
-    def reconstruct(self, x, generator=None):
-        """Probabilities (B, 784) decoded from the posteriors' means; with a generator, draws."""
-        latents = self.latents(x, generator)
-        return torch.sigmoid(self.decode(latents["z1"][0], latents["z2"][0]))
-
     def latents(self, x, generator=None):
-        """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
-        (B, 40), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
+        """As VAE.latents, of z1 and z2."""
         q2, features = self.infer(x)
-        z2 = _draw(*q2, generator)
+        z2 = _mean_or_draw(*q2, generator)
         q1 = self._q1(features, z2)
-        return {"z1": (_draw(*q1, generator), q1, self.p1(z2)), "z2": (z2, q2, None)}
+        return {"z1": (_mean_or_draw(*q1, generator), q1, self.p1(z2)), "z2": (z2, q2, None)}
 
 
 MODELS = {"vae": VAE, "hvae": HVAE}

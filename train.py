@@ -56,43 +56,42 @@ class Diverged(Exception):
 
 def parse_args(argv=None):
     """The flags. Those of RECIPE_FLAGS are missing when they are not given: see `settle`."""
-    p = files.Parser(__doc__.split("\n")[0])
+    p, count, size = files.Parser(__doc__.split("\n")[0]), _number(int, 1, 10**7), _number(float, 0, 10**9)
     group = p.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, default="vae", help="one or two latent layers")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
     group.add_argument("--learned-weights", action="store_true",
                        help="learn the mixture's weights; otherwise 1/K each")
-    group.add_argument("--hidden", type=_int(1), default=300, help="units of a hidden layer")
-    group.add_argument("--z-dim", type=_int(1), default=40, help="size of each latent layer")
+    group.add_argument("--hidden", type=count, default=300, help="units of a hidden layer")
+    group.add_argument("--z-dim", type=count, default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
     group.add_argument("--recipe", choices=RECIPES, default="default",
                        help="values of the flags that are not given; each has its own for data sets "
                             f"of fewer than {SMALL:,} training images")
 
     def by_recipe(flag, kind, text, **more):
-        name = flag[2:].replace("-", "_")
-        column = RECIPE_FLAGS.index(name)
-        large, small = (RECIPES["default"][size][column] for size in ("large", "small"))
+        column = RECIPE_FLAGS.index(flag[2:].replace("-", "_"))
+        large, small = (values[column] for values in RECIPES["default"].values())
         more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets)"
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, **more)
 
-    by_recipe("--pseudo-inputs", _int(1), "components of the vamp or mog prior", metavar="K")
-    by_recipe("--epochs", _int(1), "epochs of the whole schedule")
-    by_recipe("--batch-size", _int(1), "images per step")
-    by_recipe("--lr", _float(0), "AdamW's highest learning rate")
-    by_recipe("--warmup", _int(0), "epochs over which beta, the KL's weight, rises to 1")
-    by_recipe("--ema", _float(0, 0.99999),
+    by_recipe("--pseudo-inputs", count, "components of the vamp or mog prior", metavar="K")
+    by_recipe("--epochs", count, "epochs of the whole schedule")
+    by_recipe("--batch-size", count, "images per step")
+    by_recipe("--lr", size, "AdamW's highest learning rate")
+    by_recipe("--warmup", _number(int, 0, 10**7), "epochs over which beta, the KL's weight, rises to 1")
+    by_recipe("--ema", _number(float, 0, 0.99999),
               "decay per step of the averaged weights, which are kept; 0: none")
-    by_recipe("--weight-decay", _float(0), "a step shrinks weight matrices by lr x W (AdamW); not "
-              "biases, not pseudo-inputs", metavar="W")
+    by_recipe("--weight-decay", size, "a step shrinks weight matrices by lr x W (AdamW); not biases, "
+              "not pseudo-inputs", metavar="W")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
                        help="course of the learning rate to 0, after one epoch of rising")
     group.add_argument("--full-gradient", action="store_true",
                        help="keep the encoder's score, of mean zero, in the KL's gradient")
-    group.add_argument("--clip", type=_float(0), default=50.0, help="largest gradient norm; 0: any")
-    group.add_argument("--patience", type=_int(1), default=50,
+    group.add_argument("--clip", type=size, default=50.0, help="largest gradient norm; 0: any")
+    group.add_argument("--patience", type=count, default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
-    group.add_argument("--seed", type=_int(0, 2**31), default=0,
+    group.add_argument("--seed", type=_number(int, 0, 2**31), default=0,
                        help="seed of the first weights and of all noise in training")
     datasets.add_arguments(p)
     group = p.add_argument_group("run")
@@ -108,22 +107,14 @@ def parse_args(argv=None):
     return args
 
 
-def _int(low, high=10**7):
-    def integer(text):
-        value = int(text)
+def _number(kind, low, high):
+    def parse(text):
+        value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{value} is not from {low} to {high}")
-        return value
-    return integer
-
-
-def _float(low, high=math.inf):
-    def number(text):
-        value = float(text)
-        if not low <= value <= high or math.isinf(value):
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
-    return number
+    parse.__name__ = "number"       # argparse names it when `text` is none
+    return parse
 
 
 def settle(args, train_images):
@@ -279,11 +270,6 @@ def mean_image_elbo(data):
 # --------------------------------------------------------------------------------------- epochs
 
 
-def epoch_generator(seed, epoch, device):
-    """The generator of everything random in one epoch; epoch 0 is the model's first weights."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + epoch)
-
-
 def lr_factor(schedule, progress, rise):
     """The learning rate as a share of the highest; progress and rise as shares of all steps."""
     if progress < rise:
@@ -320,7 +306,7 @@ def train_epoch(run, args, data, tick=lambda: None):
     """
     epoch, model = run.epoch + 1, run.model
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
-    generator = epoch_generator(args.seed, epoch, data.train.device)
+    generator = torch.Generator(data.train.device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=data.train.device)
     parameters, averaged = list(model.parameters()), list(run.average.parameters())
     batches = order.split(args.batch_size)
@@ -354,18 +340,14 @@ def train_epoch(run, args, data, tick=lambda: None):
             "clipped": model.prior.clipped(), **columns("train", sums, len(order))}
 
 
-def exhausted(run, args):
-    """Whether the validation ELBO has been no better for --patience epochs."""
-    return run.best and run.epoch - run.best_epoch >= args.patience
-
-
 def fit(run, args, data, out):
     """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
     floor = 2 * mean_image_elbo(data) - data.train.shape[1]
     steps = -(-len(data.train) // args.batch_size)
     bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
     with bar:
-        while run.epoch < args.epochs and not exhausted(run, args):
+        while run.epoch < args.epochs and (
+                not run.best or run.epoch - run.best_epoch < args.patience):
             began = time.perf_counter()
             row = {"epoch": run.epoch + 1, **train_epoch(run, args, data, bar.update)}
             row |= validate(run.average, data.val, args.seed)
@@ -437,9 +419,11 @@ def main(argv=None):
         files.Line(Path(args.out).name).say(train(args))
     except files.Stopped:
         words = [w for w in (argv if argv is not None else sys.argv[1:]) if w != "--resume"]
-        again = words if "--out" in words else [*words, "--out", args.out]
-        print("stopped; the finished epochs are kept. Go on with: python train.py "
-              f"{' '.join(again)} --resume", file=sys.stderr)
+        again = " ".join(["python train.py", *words, "--resume" if "--out" in words else
+                          f"--out {args.out} --resume"])
+        if os.environ.get("ROWS"):      # make called
+            again = f"the same make command and RUN={Path(args.out).parent}"
+        print(f"stopped; the finished epochs are kept. Go on with: {again}", file=sys.stderr)
         raise
     except Diverged as error:
         files.fail(error)
