@@ -141,7 +141,7 @@ test-all: $(ENV)  ## the long ones too: kills, load
 	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile
 
 clean:  ## caches and quick runs; results/ and data/ stay
-	rm -rf __pycache__ .pytest_cache .hypothesis results/*-quick
+	rm -rf __pycache__ .pytest_cache results/*-quick
 	@[ -e results/latest ] || rm -f results/latest
 
 distclean: clean  ## the environment too; results/ and data/ stay

@@ -3,11 +3,9 @@
     python bench.py --out bench.json                     # five to ten minutes on two cores
     python bench.py --sections step likelihood           # parts of it, printed only
 
-Both forms share weights and take turns, after a warm-up, on random images: dense products cost the
-same whatever they multiply. Medians; the ratio's range is that of neighbouring repeats. The bound
-is the time in which the matrix products of our form alone would run at the rate of a large float32
-product, the better of two measurements, before and after the section. Rows of the section "growth"
-compare ours with ours.
+Both forms share weights and take turns, after a warm-up, on random images. Medians; the ratio's
+range is that of neighbouring repeats. The bound is the time that the matrix products of our form
+would take at the rate of a large float32 product. "growth" compares ours with ours.
 """
 import files
 
@@ -15,14 +13,17 @@ if __name__ == "__main__":
     files.catch_signals()       # before torch, whose import takes seconds
 
 import copy
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import re
-import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
 from unittest import mock
@@ -63,13 +64,11 @@ class Pair(nn.Module):
     def __init__(self, ours):
         super().__init__()
         self.gated = isinstance(ours, GatedDense)
-        n_out, n_in = ours.linear.weight.shape
-        self.a, self.b = nn.Linear(n_in, n_out // 2), nn.Linear(n_in, n_out // 2)
-        for i, one in enumerate((self.a, self.b)):
-            one.load_state_dict({k: v.chunk(2)[i] for k, v in ours.linear.state_dict().items()})
+        halves = [half for p in ours.linear.parameters() for half in p.detach().clone().chunk(2)]
+        self.W, self.V, self.b, self.c = map(nn.Parameter, halves)
 
     def forward(self, x):
-        a, b = self.a(x), self.b(x)
+        a, b = F.linear(x, self.W, self.b), F.linear(x, self.V, self.c)
         return a * torch.sigmoid(b) if self.gated else (a, F.hardtanh(b, -6.0, 2.0))
 
 
@@ -83,19 +82,23 @@ def plain_form(ours):
     return form
 
 
+def draw(mu, logvar):
+    return mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+
+
 def plain_terms(model, x):
     """recon and kl of a plain_form in nats, each (B,), at one draw of the latents: x (B, 784)."""
-    mu, logvar = model.encoder(x)
-    z = mu + torch.exp(0.5 * logvar) * torch.randn_like(mu)
+    q = model.encoder(x)
+    z = draw(*q)
     if model.config.prior == "standard":
         log_p = log_normal(z, torch.zeros_like(z), torch.zeros_like(z))
     else:       # kinder than the authors' code, in which u is a product with the identity
         log_p = broadcast_log_mixture(z, *model.encoder(model.prior.u.clamp(0, 1)))
-    kl = log_normal(z, mu, logvar) - log_p
+    kl = log_normal(z, *q) - log_p
     if model.config.model == "hvae":
-        mu1, logvar1 = model.q1_head(model.q1_joint(torch.cat([model.q1_x(x), model.q1_z2(z)], 1)))
-        z1 = mu1 + torch.exp(0.5 * logvar1) * torch.randn_like(mu1)
-        kl = kl + log_normal(z1, mu1, logvar1) - log_normal(z1, *model.p1(z))
+        q1 = model.q1_head(model.q1_joint(torch.cat([model.q1_x(x), model.q1_z2(z)], 1)))
+        z1 = draw(*q1)
+        kl = kl + log_normal(z1, *q1) - log_normal(z1, *model.p1(z))
         hidden = model.px_joint(torch.cat([model.px_z1(z1), model.px_z2(z)], 1))
     else:
         hidden = model.decoder(z)
@@ -145,9 +148,9 @@ def product_work(form):
     """Floating-point operations of the matrix products in one call, whatever their precision."""
     # torch's counter sees its own thread only, so the likelihood's images are done in this one
     here = SimpleNamespace(map=map, shutdown=lambda **flags: None)
-    with mock.patch.object(evaluate, "ThreadPoolExecutor", lambda threads: here):
-        with FlopCounterMode(display=False) as counter:
-            form()
+    with (mock.patch.object(evaluate, "ThreadPoolExecutor", lambda threads: here),
+          FlopCounterMode(display=False) as counter):
+        form()
     return counter.get_total_flops()
 
 
@@ -169,45 +172,42 @@ def compare(plain, ours, n, units=(1, 1)):
     return *times, product_work(ours) / units[1]
 
 
-def new_row(section, case, ratios, **more):
-    """A row as the JSON holds it, None for what was not measured; `ratios` has one per repeat."""
+def new_row(section, case, times=([], [], None), ratios=(), **more):
+    """A row as the JSON holds it, None for what was not measured; one of `ratios` per repeat.
+
+    `times` are what `compare` returned; bound_share is work per second until `record` divides it.
+    """
     print(f"  {section}: {case}", file=sys.stderr, flush=True)
-    row = dict.fromkeys(KEYS) | {"section": section, "case": case, "n": len(ratios)}
+    plain, ours, work = times
+    ratios = ratios or [p / o for p, o in zip(plain, ours)]
+    row = dict.fromkeys(KEYS) | {"section": section, "case": case, "n": len(ours or ratios)}
     if ratios:
         row |= {"ratio": median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
-    return row | more
-
-
-def timed_row(section, case, times, **more):
-    """The row of what `compare` returned; bound_share is work per second until `record` divides."""
-    plain, ours, work = times
-    more |= {"n": len(ours), "ours": median(ours), "bound_share": work / median(ours)}
+    if ours:
+        row |= {"ours": median(ours), "bound_share": work / median(ours)}
     if plain:       # the ratio is that of the two times which stand beside it
-        more |= {"plain": median(plain), "ratio": median(plain) / median(ours)}
-    return new_row(section, case, [p / o for p, o in zip(plain, ours)], **more)
+        row |= {"plain": median(plain), "ratio": median(plain) / median(ours)}
+    return row | more
 
 
 def peak_mb(*call):
     """MB that a mixture_call needs beyond its inputs, in a process of its own; None off Linux."""
     if not os.path.exists("/proc/self/clear_refs"):
         return None
-    code, folder = f"import bench; print(bench.own_peak_mb{call})", os.path.dirname(__file__)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
-    if done.returncode:
-        raise ValueError(f"measuring the memory of {call} failed: {done.stderr[-300:]}")
-    return float(done.stdout)
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, fresh, files.catch_signals) as process:
+        return process.submit(own_peak_mb, *call).result()
 
 
 def own_peak_mb(form, task, B, K):
     """The same of this process: its largest size in the call, less its size before it."""
     def size(key):
-        with open("/proc/self/status") as file:
-            return int(re.search(rf"{key}:\s*(\d+) kB", file.read())[1]) / 1024
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{key}:\s*(\d+) kB", status)[1]) / 1024
 
     mixture_call(form, task, 10, 10)()      # loads libraries, starts threads
     call = mixture_call(form, task, B, K)
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")         # resets the maximum; getrusage's would be the parent's
+    Path("/proc/self/clear_refs").write_text("5")       # resets the maximum, VmHWM
     before = size("VmRSS")
     call()
     return size("VmHWM") - before
@@ -227,10 +227,9 @@ def mixture_inputs(B, K, D=40):
 def mixture_call(form, task, B, K):
     """A function without arguments: one form's density of mixture_inputs, or also its gradients."""
     function = {"plain": broadcast_log_mixture, "ours": log_mixture}[form]
-    inputs = mixture_inputs(B, K)
+    inputs = [t.requires_grad_(task != "forward") for t in mixture_inputs(B, K)]
     if task == "forward":
-        return torch.no_grad()(lambda: function(*inputs))
-    inputs = [t.requires_grad_() for t in inputs]
+        return lambda: function(*inputs)
     return lambda: torch.autograd.grad(function(*inputs).sum(), inputs)
 
 
@@ -240,35 +239,35 @@ def mixture(quick):
     sizes = [(B, K) for K in K_all for B in B_all] + ([] if quick else [(1000, K_all[-1])])
     memory = min(MEMORY, datasets.available_memory() / 2)
     rows, ours = [], {}
-    for task in COPIES:
-        for B, K in sizes:
-            z, *components = mixture_inputs(B, K)
-            fits = COPIES[task] * 4 * K * z.numel() <= memory
-            plain, call = (mixture_call(form, task, B, K) for form in ("plain", "ours"))
-            times = compare(plain if fits else None, call, n)
-            ours[B, K] = times[1]
-            row = timed_row("mixture", f"{task}, B = {B}, K = {K:,}", times, expected=(
-                "ratio >= 10" if B >= 500 and K == 500 else
-                "peak < 1000 MB" if (B, K) == (1000, 50000) else None))
-            if task == "forward":       # ten of z do: float64 by broadcasting takes much memory
-                exact = broadcast_log_mixture(*(t.double() for t in (z[:10], *components)))
-                row["error"] = (call()[:10] - exact).abs().max().item()
-            if not quick or (task, K) == ("forward + backward", K_all[-1]):
-                row["peak_mb"] = peak_mb("ours", task, B, K)
-                row["plain_peak_mb"] = peak_mb("plain", task, B, K) if row["plain"] else None
-            rows.append(row)
-        low, high = K_all[-2:]
-        for B in B_all:
-            growth = [b / high / (a / low) for a, b in zip(ours[B, low], ours[B, high])]
-            rows.append(new_row("growth", f"mixture, {task}, B = {B}, time per component: "
-                                f"K = {high:,} over {low:,}", growth, expected="ratio about 1"))
+    for task, (B, K) in itertools.product(COPIES, sizes):
+        z, *components = mixture_inputs(B, K)
+        fits = COPIES[task] * 4 * K * z.numel() <= memory
+        plain, call = (mixture_call(form, task, B, K) for form in ("plain", "ours"))
+        times = compare(plain if fits else None, call, n)
+        ours[task, B, K] = times[1]
+        row = new_row("mixture", f"{task}, B = {B}, K = {K:,}", times, expected=(
+            "ratio >= 10" if B >= 500 and K == 500 else
+            "peak < 1000 MB" if (B, K) == (1000, 50000) else None))
+        if task == "forward":       # ten of z do: float64 by broadcasting takes much memory
+            exact = broadcast_log_mixture(*(t.double() for t in (z[:10], *components)))
+            row["error"] = (call()[:10] - exact).abs().max().item()
+        if not quick or (task, K) == ("forward + backward", K_all[-1]):
+            row["peak_mb"] = peak_mb("ours", task, B, K)
+            row["plain_peak_mb"] = peak_mb("plain", task, B, K) if row["plain"] else None
+        rows.append(row)
+    low, high = K_all[-2:]
+    for task, B in itertools.product(COPIES, B_all):
+        growth = [b / high / (a / low) for a, b in zip(ours[task, B, low], ours[task, B, high])]
+        case = f"mixture, {task}, B = {B}, time per component: K = {high:,} over {low:,}"
+        rows.append(new_row("growth", case, ratios=growth, expected="ratio about 1"))
     return rows
 
 
 def prepare(model, prior, n, *flags, quick=False):
     """(run, args, data) as train.py makes them of these flags and n random images.
 
-    The images have a black frame as MNIST's do: pixels whose weights get no gradient.
+    The images have a black frame as MNIST's do: pixels whose weights get no gradient. The first
+    weights are made small, or no estimate of the likelihood would settle.
     """
     small = "--hidden 8 --z-dim 4 --pseudo-inputs 12".split() if quick else []
     args = train.parse_args(["--model", model, "--prior", prior, *map(str, flags), *small])
@@ -278,7 +277,10 @@ def prepare(model, prior, n, *flags, quick=False):
     x = x.flatten(1)
     data = datasets.Data("random", "", (28, 28), x, x[:1], x[:1], None, None, None, "dynamic")
     config = Config(args.model, args.prior, 784, args.hidden, args.z_dim, args.pseudo_inputs)
-    return train.start(args, config, data, torch.device("cpu")), args, data
+    run = train.start(args, config, data, torch.device("cpu"))
+    for name, p in run.model.named_parameters():
+        p.data.mul_(0.1 if "head" in name or "output" in name else 1)
+    return run, args, data
 
 
 def step(quick):
@@ -287,7 +289,7 @@ def step(quick):
     recipe = train.settle(train.parse_args([]), 50_000)[0].batch_size
     batches, steps, n = ((10,), 2, 2) if quick else (sorted({100, 250, 500, recipe}), 5, 7)
     rows = []
-    for model, prior, batch in ((*cell, batch) for cell in CELLS for batch in batches):
+    for (model, prior), batch in itertools.product(CELLS, batches):
         run, args, data = prepare(model, prior, steps * batch, "--batch-size", batch, quick=quick)
         plain, grey = plain_form(run.model), data.train / 255
         adam = torch.optim.Adam(plain.parameters(), lr=1e-4)
@@ -295,8 +297,8 @@ def step(quick):
                         lambda: train.train_epoch(run, args, data), n, (steps, steps))
         expected = ("bound >= 85 %" if batch == recipe else
                     "ratio >= 3" if (prior, batch) == ("vamp", 100) else None)
-        rows.append(timed_row("step", f"{evaluate.label(plain.config)}, batch {batch}", times,
-                              expected=expected))
+        case = f"{evaluate.label(plain.config)}, batch {batch}"
+        rows.append(new_row("step", case, times, expected=expected))
     return rows
 
 
@@ -305,58 +307,43 @@ def likelihood(quick):
     encodes u for these alone. The error, of the repeats' mean in nats, is chance."""
     S, n, rows = 200 if quick else 5000, 2 if quick else 5, []
     images = 2 * torch.get_num_threads()
-    for cell in CELLS:
-        model = prepare(*cell, 500, quick=quick)[0].model
-        with torch.no_grad():       # first weights are so wide that no estimate would settle
-            for name, p in model.named_parameters():
-                p.mul_(0.1 if "head" in name or "output" in name else 1)
-        x, plain = (torch.rand(images, 784) < 0.2).float(), plain_form(model)
-        theirs, ours = [], []
+    for model, prior in CELLS:
+        ours = prepare(model, prior, 500, quick=quick)[0].model
+        x, plain, found = (torch.rand(images, 784) < 0.2).float(), plain_form(ours), ([], [])
         times = compare(
-            lambda: theirs.append(plain_log_likelihood(plain, x[0], S)),
-            lambda: ours.append(evaluate.log_likelihood(model, x, S)[0]), n, (1, images))
-        gap = torch.stack(theirs).mean() - torch.stack(ours).mean()
-        rows.append(timed_row("likelihood", f"{evaluate.label(model.config)}, one image, S = {S:,}",
-                              times, error=gap.abs().item(), expected=(
-                                  "ratio >= 12, " * (cell[1] == "vamp") + "bound >= 50 %")))
+            lambda: found[0].append(plain_log_likelihood(plain, x[0], S)),
+            lambda: found[1].append(evaluate.log_likelihood(ours, x, S)[0]), n, (1, images))
+        error = (torch.stack(found[0]).mean() - torch.stack(found[1]).mean()).abs().item()
+        case = f"{evaluate.label(ours.config)}, one image, S = {S:,}"
+        expected = "ratio >= 12, bound >= 50 %" if prior == "vamp" else "bound >= 50 %"
+        rows.append(new_row("likelihood", case, times, error=error, expected=expected))
     return rows
 
 
 def epochs(quick):
     """A row of how an epoch's time grows in a long run of a small model, as denormal numbers would
     make it. The run ends after two minutes; the case says how many epochs it was."""
-    count, n = (8, 100) if quick else (100, 2000)
-    run, args, data = prepare("vae", "vamp", n, "--hidden", 100, "--pseudo-inputs", 100,
-                              "--batch-size", 50, "--epochs", count)
-    times = []
+    count, n, times = 8 if quick else 100, 100 if quick else 2000, []
+    flags = ["--hidden", 100, "--pseudo-inputs", 100, "--batch-size", 50, "--epochs", count]
+    run, args, data = prepare("vae", "vamp", n, *flags)
     while run.epoch < count and (sum(times) < 120 or run.epoch < 12):
         times.append(seconds(lambda: train.train_epoch(run, args, data)))
         run.epoch += 1
     case = (f"{evaluate.label(run.model.config)}, hidden 100, K = 100, time of an epoch: "
             f"{run.epoch - 4}-{run.epoch} over 2-6")
     growth = [t / median(times[1:6]) for t in times[-5:]]
-    return [new_row("growth", case, growth, expected="ratio <= 1.1")]
+    return [new_row("growth", case, ratios=growth, expected="ratio <= 1.1")]
 
 
 SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "epochs": epochs}
 
-# ------------------------------------------------------------------------------------ the record
-
-
-def machine():
-    """A dict of words on what this runs on."""
-    name = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as file:
-            found = re.search(r"model name\s*: (.*)", file.read())
-        name = found[1] if found else name
-    return {"processor": name, "cores": f"{os.cpu_count()} cores",
-            "os": f"{platform.system()} {platform.release()}"}
-
-
 def record(sections, quick):
     """The record (a dict) of the sections, which it times and prints, a line per row."""
-    rows, size = [], 256 if quick else 2048
+    size, rows, cpus = 256 if quick else 2048, [], Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.*)", cpus.read_text() if cpus.exists() else "")
+    machine = {"processor": named[1] if named else platform.processor() or platform.machine(),
+               "cores": f"{os.cpu_count()} cores",
+               "os": f"{platform.system()} {platform.release()}"}
     rates = [product_rate(size)]
     for name in sections:
         found = SECTIONS[name](quick)
@@ -370,7 +357,7 @@ def record(sections, quick):
         rows += found
     print(f"{max(rates) / 1e9:.0f} GFLOP/s in float32 products of size {size}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}; seconds, MB, nats")
-    return {"machine": machine(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+    return {"machine": machine, "torch": torch.__version__, "threads": torch.get_num_threads(),
             "date": time.strftime("%Y-%m-%d"), "gflops": max(rates) / 1e9, "rows": rows}
 
 

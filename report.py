@@ -1,7 +1,6 @@
 """Tables, from a run's recorded files alone.
 
-    python report.py results/latest                     comparison.md, and its table printed
-    python report.py results/latest --models vae vamp   the same, these models in this order
+    python report.py results/latest                     comparison.md, of all or of --models
     python report.py --expect 2 --models vae vamp       how long these take, two at once
     python report.py --docs README.md RESULTS.md        their generated blocks, from assets/
 """
@@ -9,53 +8,49 @@ import files
 if __name__ == "__main__":
     files.catch_signals()
 
+import json
 import sys
 from pathlib import Path
 
 import numpy as np
-
 import plot
 
 # Test NLL on dynamically binarised MNIST in Tomczak & Welling (2018), Table 1.
 PAPER = {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
          ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}
 BETTER = {"recon": max, "elbo": max, "nll": min}    # a KL by itself is neither good nor bad
+UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
+         "Recon and ELBO are.")
 
-# --------------------------------------------------------------------------------------- tables
-
-
-def table(header, rows):
-    """A Markdown table, first column to the left and the others to the right."""
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+def table(columns):
+    """A Markdown table of (title, cells) pairs, first column to the left, others to the right."""
+    titles, cells = zip(*columns)
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *zip(*cells)]
     return "\n".join("| " + " | ".join(" ".join(str(c).split()).replace("|", "\\|") for c in line)
                      + " |" for line in lines)
 
 
-def plain(header, rows):
+def plain(columns):
     """The same table for a terminal: columns aligned, nothing bold."""
-    lines = [[" ".join(str(c).split()).replace("**", "") for c in line] for line in (header, *rows)]
+    lines = [[" ".join(c.split()).replace("**", "") for c in line] for line in zip(*(
+        [title, *cells] for title, cells in columns))]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0]),
-                                *(c.rjust(width) for c, width in zip(line[1:], widths[1:]))])
-                     for line in lines)
+    return "\n".join("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])])
+                     for first, *rest in lines)
 
 
 def stat(m, key):
     """Mean ± standard error of one quantity in metrics m; "-" where it was not measured."""
-    if not m or key not in m:
-        return "-"
-    return f"{m[key]['mean']:.2f}" + (f" ± {m[key]['se']:.2f}" if m["images"] > 1 else "")
+    se = f" ± {m[key]['se']:.2f}" if m and key in m and m["images"] > 1 else ""
+    return f"{m[key]['mean']:.2f}{se}" if m and key in m else "-"
 
 
 def stats(key, metrics):
-    """The column of one quantity; the best is bold where all were measured alike.
-
-    What is printed is compared, so that equal figures are all bold. None in `metrics`: not run.
-    """
+    """The column of one quantity, best as printed in bold if measured alike. None: not run."""
     known = [m for m in metrics if m]
     means = [round(m[key]["mean"], 2) for m in known]
-    best = BETTER[key](means) if key in BETTER and len(known) > 1 and len(
-        set(map(plot.measured, known))) == 1 else None
+    alike = len(known) > 1 and len(set(map(plot.measured, known))) == 1
+    best = BETTER[key](means) if key in BETTER and alike else None
     return [f"**{stat(m, key)}**" if m and round(m[key]["mean"], 2) == best else stat(m, key)
             for m in metrics]
 
@@ -63,8 +58,8 @@ def stats(key, metrics):
 def paper(m):
     """The paper's test NLL of this model, "-" for other data than the paper's."""
     alike = m and (m["dataset"], m["binarize"]) == ("mnist", "dynamic")
-    return f"{PAPER[m['model'], m['prior']]:.2f}" if alike and (
-        m["model"], m["prior"]) in PAPER else "-"
+    value = PAPER.get((m["model"], m["prior"])) if alike else None
+    return f"{value:.2f}" if value else "-"
 
 
 def minutes(m):
@@ -72,12 +67,10 @@ def minutes(m):
     return f"{m['train_seconds'] / 60:.0f}" if m else "-"
 
 
-def results_columns(named):
-    """{title: cells} of (folder name, metrics) pairs: the four results of each model."""
-    metrics = [m for _, m in named]
-    titles = {"recon": "Recon", "kl": "KL", "elbo": "ELBO", "nll": "NLL"}
-    return {"Model": plot.distinct_labels(named)} | {
-        title: stats(key, metrics) for key, title in titles.items()}
+def results(named, metrics):
+    """Columns: the labels of (folder name, metrics) pairs and four results of each in `metrics`."""
+    return [("Model", plot.distinct_labels(named)), *(
+        (title, stats(title.lower(), metrics)) for title in ("Recon", "KL", "ELBO", "NLL"))]
 
 
 def data_lines(named):
@@ -89,42 +82,34 @@ def data_lines(named):
                     "be compared and none is bold."] * (len(kinds) > 1)
 
 
-UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
-         "Recon and ELBO are.")
-
-
-def diagnostics_table(named):
-    """Markdown of what the latents carry: active units, KL per layer, components in use."""
+def full_tables(named, record=False):
+    """Markdown: results (of a record, more), what they rest on, and what the latents carry."""
     metrics = [m for _, m in named]
-    columns = {"Model": plot.distinct_labels(named), "Active units": [
-        ", ".join(f"{layer} {n} of {m['latent_dims'][layer]}"
-                  for layer, n in m["active_units"].items()) for m in metrics]}
-    for key in ("kl1", "kl2"):
-        if any(key in m for m in metrics):
-            columns[key.upper()] = [stat(m, key) for m in metrics]
+    columns = results(named, metrics)
+    if record:
+        columns += [("Paper's NLL", map(paper, metrics)),
+                    ("Epochs", [f"{m['epochs']:,}" for m in metrics]),
+                    ("Training, minutes", map(minutes, metrics))]
+    units = [", ".join(f"{layer} {n} of {m['latent_dims'][layer]}"
+                       for layer, n in m["active_units"].items()) for m in metrics]
+    latents = [columns[0], ("Active units", units)]
+    if any("kl1" in m for m in metrics):
+        latents += [(key.upper(), [stat(m, key) for m in metrics]) for key in ("kl1", "kl2")]
     if any("components" in m for m in metrics):
-        columns["Components in use"] = [
+        latents.append(("Components in use", [
             f"{m['components_used']:.1f} of {m['components']:,} "
             f"({m['components_used'] / m['components']:.0%})" if "components" in m else "-"
-            for m in metrics]
-    return table(list(columns), zip(*columns.values())) + (
-        f"\n\nActive units: variance of the posterior mean over the images above {plot.ACTIVE}. "
-        "Components in use: perplexity of the mean responsibilities.")
+            for m in metrics]))
+    notes = "\n".join(f"- {line}" for line in [*data_lines(named), UNITS])
+    return "\n\n".join([table(columns), notes, table(latents),
+        f"Active units: variance of the posterior mean over the images above {plot.ACTIVE}. "
+        "Components in use: perplexity of the mean responsibilities."])
 
 
-def full_tables(named, columns):
-    """Markdown: the results in `columns`, what they rest on, and the diagnostics below."""
-    return "\n\n".join([table(list(columns), zip(*columns.values())),
-                        "\n".join(f"- {line}" for line in [*data_lines(named), UNITS]),
-                        diagnostics_table(named)])
-
-
-# ---------------------------------------------------------------------- README.md and RESULTS.md
-
-def read_named(folder):
-    """[(folder name, metrics)] of the models recorded in a folder; empty without any."""
-    found = plot.find_models(folder) if any(folder.glob("*/metrics.json")) else {}
-    return [(name, plot.read_metrics(path / "metrics.json")) for name, path in found.items()]
+def read_named(folder, names=None):
+    """[(folder name, metrics)] of the models under a folder."""
+    return [(name, plot.read_metrics(path / "metrics.json"))
+            for name, path in plot.find_models(folder, names).items()]
 
 
 def results_block(runs, long):
@@ -132,31 +117,18 @@ def results_block(runs, long):
     names = [n for n in plot.ORDER if n in runs or n in long]
     names += sorted({*runs, *long} - set(names))
     short, full = ([part.get(name) for name in names] for part in (runs, long))
-    either = [(name, a or b) for name, a, b in zip(names, short, full)]
-    header = ["Model", "Recon", "KL", "ELBO", "NLL", "Training, minutes", "NLL of `make paper`",
-              "Training, minutes", "Paper's NLL"]
-    columns = [plot.distinct_labels(either),
-               *(stats(key, short) for key in ("recon", "kl", "elbo", "nll")), map(minutes, short),
-               stats("nll", full), map(minutes, full),
-               [min(paper(a), paper(b), key="-".__eq__) for a, b in zip(short, full)]]
+    columns = results([(name, a or b) for name, a, b in zip(names, short, full)], short) + [
+        ("Training, minutes", map(minutes, short)), ("NLL of `make paper`", stats("nll", full)),
+        ("Training, minutes", map(minutes, full)),
+        ("Paper's NLL", [min(paper(a), paper(b), key="-".__eq__) for a, b in zip(short, full)])]
     lines = [f"{name}: {line}" for name, part in (("`make all`", runs), ("`make paper`", long))
              for line in data_lines(part.items())]
-    return "\n".join([table(header, zip(*columns)), "", *(f"- {line}" for line in [*lines, UNITS])])
-
-
-def record_block(named):
-    """Markdown of everything recorded of these runs."""
-    metrics = [m for _, m in named]
-    return full_tables(named, results_columns(named) | {
-        "Paper's NLL": map(paper, metrics), "Epochs": [f"{m['epochs']:,}" for m in metrics],
-        "Training, minutes": map(minutes, metrics)})
+    return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, UNITS])])
 
 
 def duration(seconds):
     """A time with three digits in the unit that fits it."""
-    for unit, name in ((1, "s"), (1e-3, "ms"), (1e-6, "us")):
-        if seconds >= unit:
-            break
+    unit, name = (1, "s") if seconds >= 1 else (1e-3, "ms") if seconds >= 1e-3 else (1e-6, "us")
     return f"{seconds:,.0f} s" if seconds >= 1000 else f"{seconds / unit:.3g} {name}"
 
 
@@ -169,56 +141,52 @@ def speed_block(path):
              "peak_mb": ("Peak memory", "{:,.0f} MB".format), "error": ("Error", "{:.1e}".format),
              "expected": ("Expected", str)}
     with plot.reading(path, "bench.py"):
-        content, sections = files.read_json(path), {}
+        content, sections = json.loads(path.read_text(encoding="utf-8")), {}
         for row in content["rows"]:
             # a ratio without a plain form compares ours with ours: it is no speed-up
             growth = row.get("ratio") is not None and row.get("plain") is None
             if row.get("expected"):     # the rest is for those who open the record
                 sections.setdefault("growth" if growth else row["section"], []).append(row)
-        machine = ", ".join(content["machine"].values())
-        parts = [f"Measured on {machine}; torch {content['torch']}, {content['threads']} threads; "
-                 f"a large matrix product reaches {content['gflops']:.0f} GFLOP/s. Medians; "
-                 "the record has more cases."]
-        for section in sorted(sections, key=lambda name: name == "growth"):     # that one last
-            rows = sections[section]
-            used = {k: form for k, form in forms.items() if any(r.get(k) is not None for r in rows)}
-            titles = [title if section != "growth" or title != "Times faster" else "Growth"
-                      for title, _ in used.values()]
-            parts.append(table([section, *titles], [
-                [r["case"], *("-" if r.get(k) is None else form(r[k])
-                              for k, (_, form) in used.items())] for r in rows]))
+        parts = [f"Measured on {', '.join(content['machine'].values())}; torch {content['torch']}, "
+                 f"{content['threads']} threads; a large matrix product reaches "
+                 f"{content['gflops']:.0f} GFLOP/s. Medians; the record has more cases."]
+        for section, rows in sorted(sections.items(), key=lambda item: item[0] == "growth"):
+            columns = [(section, [row["case"] for row in rows])]
+            for key, (title, form) in forms.items():
+                title = "Growth" if (section, key) == ("growth", "ratio") else title
+                if any(row.get(key) is not None for row in rows):
+                    columns.append((title, ["-" if row.get(key) is None else form(row[key])
+                                            for row in rows]))
+            parts.append(table(columns))
     return "\n\n".join(parts)
 
 
 def recipe_block(path):
     """Markdown of the recipe's changes: validation ELBO, with its spread over seeds."""
     with plot.reading(path, "the tries"):
-        content, body = files.read_json(path), []
+        content, rows = json.loads(path.read_text(encoding="utf-8")), []
         for row in content["rows"]:
             elbo = row["val_elbo"]
             spread = f" ± {np.std(elbo, ddof=1):.2f}" if len(elbo) > 1 else ""
             if not row.get("record_only"):      # the table is short; the rest is in the record
-                body.append([row["change"], f"{np.mean(elbo):.2f}{spread}", len(elbo),
-                             row["epochs"], "yes" if row["kept"] else "no"])
-        return content["protocol"] + "\n\n" + table(
-            ["Change", "Validation ELBO (± standard deviation)", "Seeds", "Epochs", "Kept"], body)
-
-
-def collapse_block(named):
-    """Markdown list of what the runs say of the standard prior against the VampPrior."""
-    runs = [plot.Run(name, m["label"], m, None, None, "", "") for name, m in named]
-    return "\n".join(f"- {line}" for line in plot.collapse_message(runs).splitlines())
+                rows.append((row["change"], f"{np.mean(elbo):.2f}{spread}", len(elbo),
+                             row["epochs"], "yes" if row["kept"] else "no"))
+        titles = "Change", "Validation ELBO (± standard deviation)", "Seeds", "Epochs", "Kept"
+        return content["protocol"] + "\n\n" + table(zip(titles, zip(*rows)))
 
 
 def blocks(assets):
     """{name: Markdown} of every block; "" where nothing is recorded under `assets`."""
-    runs, long = read_named(assets / "runs"), read_named(assets / "paper")
+    runs, long = (read_named(folder) if any(folder.glob("*/metrics.json")) else []
+                  for folder in (assets / "runs", assets / "paper"))
     bench, recipe = assets / "bench.json", assets / "recipe.json"
     return {"time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
                     "on the two cores of the recorded runs." if runs else "",
             "results": results_block(dict(runs), dict(long)) if runs or long else "",
-            "collapse": collapse_block(runs),
-            "runs": record_block(runs) if runs else "", "paper": record_block(long) if long else "",
+            "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
+                [m for _, m in runs]).splitlines()),
+            "runs": full_tables(runs, record=True) if runs else "",
+            "paper": full_tables(long, record=True) if long else "",
             "speed": speed_block(bench) if bench.exists() else "",
             "recipe": recipe_block(recipe) if recipe.exists() else ""}
 
@@ -237,64 +205,54 @@ def renewed(path, texts):
     return content
 
 
-# --------------------------------------------------------------------------------- command line
-
 def expected_minutes(recorded, models, jobs, epochs=None, samples=None):
     """Whole minutes that `models` need, `jobs` at once, judged by {folder name: metrics}."""
     spans = [0.0] * jobs
     for m in sorted((recorded[name] for name in models), key=lambda m: -m["train_seconds"]):
-        spans[spans.index(min(spans))] += (
-            m["train_seconds"] * (epochs or m["epochs"]) / m["epochs"]
-            + m["seconds"]["all"] * (samples or m["samples"]) / m["samples"])
+        train = m["train_seconds"] * (epochs or m["epochs"]) / m["epochs"]
+        evaluate = m["seconds"]["all"] * (samples or m["samples"]) / m["samples"]
+        spans[spans.index(min(spans))] += train + evaluate
     return max(1, round(max(spans) / 60))
 
 
 def expectation(assets, models, jobs, epochs=None, samples=None):
     """One line: the time that `models` will need, judged by the recorded runs."""
-    recorded = dict(read_named(assets / "runs"))
+    recorded = {path.parent.name: plot.read_metrics(path)
+                for path in (assets / "runs").glob("*/metrics.json")}
     if missing := [name for name in models if name not in recorded]:
         return f"no recorded run of {', '.join(missing)} tells how long this will take"
-    expected = expected_minutes(recorded, models, jobs, epochs, samples)
-    return (f"expected: about {expected} minutes, as on the two cores of the recorded runs; "
-            "the progress bars know better")
+    return (f"expected: about {expected_minutes(recorded, models, jobs, epochs, samples)} minutes, "
+            "as on the two cores of the recorded runs; the progress bars know better")
 
 
 @files.command
 def main(argv=None):
     parser = files.Parser(__doc__.split("\n")[0])
     parser.add_argument("run", nargs="?", type=Path, help="folder of several evaluated models")
-    parser.add_argument("--models", nargs="+", metavar="NAME",
-                        help="which subfolders, in this order; None means all")
-    parser.add_argument("--expect", type=int, metavar="JOBS",
-                        help="only say how long --models will take, so many at once")
+    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these, in this order")
+    parser.add_argument("--expect", type=int, metavar="JOBS", help="only say how long they take")
     parser.add_argument("--epochs", type=int, help="for --expect; None means as recorded")
     parser.add_argument("--samples", type=int, help="for --expect; None means as recorded")
-    parser.add_argument("--docs", nargs="+", type=Path, metavar="FILE",
-                        help="renew the generated blocks of these files")
-    parser.add_argument("--assets", type=Path, default="assets",
-                        help="the records, for --docs and --expect")
+    parser.add_argument("--docs", nargs="+", type=Path, metavar="FILE", help="renew their blocks")
+    parser.add_argument("--assets", type=Path, default="assets", help="records for the last four")
     args = parser.parse_args(argv)
-    if sum(part is not None for part in (args.run, args.expect, args.docs)) != 1:
-        raise ValueError("give a folder of results, --docs or --expect, one of them")
+    given = [part for part in (args.run, args.expect, args.docs) if part is not None]
+    if len(given) != 1 or given[0] == args.expect and (args.expect < 1 or not args.models):
+        raise ValueError("give a folder, --docs, or --expect with 1 or more and --models")
     if args.expect is not None:
-        if args.expect < 1 or not args.models:
-            raise ValueError("--expect needs a number of 1 or more, and --models")
         print(expectation(args.assets, args.models, args.expect, args.epochs, args.samples))
     elif args.docs:
         if not args.assets.is_dir():
             raise FileNotFoundError(f"{args.assets} is not a folder: give the records by --assets")
         texts = blocks(args.assets)
-        # all are checked before the first is written
-        for path, text in [(path, renewed(path, texts)) for path in args.docs]:
+        for path, text in [(path, renewed(path, texts)) for path in args.docs]:     # all or none
             files.write_atomic(path, text)
         print("renewed", *args.docs)
     else:
-        found = plot.find_models(args.run, args.models)
-        named = [(name, plot.read_metrics(path / "metrics.json")) for name, path in found.items()]
-        columns = results_columns(named)
-        files.write_atomic(args.run / "comparison.md",
-                           f"# Comparison\n\n{full_tables(named, columns)}\n")
-        print(plain(list(columns), zip(*columns.values())), UNITS, *data_lines(named), sep="\n")
+        named = read_named(args.run, args.models)
+        files.write_atomic(args.run / "comparison.md", f"# Comparison\n\n{full_tables(named)}\n")
+        columns = results(named, [m for _, m in named])
+        print(plain(columns), UNITS, *data_lines(named), sep="\n")
         print(f"{args.run}: comparison.md, the comparison figures, and a folder for each model")
 
 

@@ -1,7 +1,4 @@
-"""files.py: writes that are whole or absent, checkpoints that cannot harm, errors in one line.
-
-    pytest test_files.py
-"""
+"""files.py: writes that are whole or absent, checkpoints that cannot harm, errors in one line."""
 import errno
 import hashlib
 import io
@@ -23,35 +20,25 @@ from files import load_model, save_model, write_atomic
 from models import MODELS, PRIORS, Config, build
 
 SMALL = Config(x_dim=6, hidden=5, z_dim=2, components=3, learned_weights=True)
-
-
-def state(config=SMALL):
-    torch.manual_seed(0)
-    return build(config).state_dict()
-
-
-# ------------------------------------------------------------------------------------- writing
+STATE = build(SMALL).state_dict()
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
-    path = tmp_path / "file"
-    write_atomic(path, "old")
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(os, step, full)
-        write_atomic(path, b"new")
-    assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
-    write_atomic(path, b"new")
-    assert path.read_text() == "new" and os.listdir(path.parent) == ["file"]
+    write_atomic(tmp_path / "file", "old")
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomic(tmp_path / "file", b"new")
+    assert (tmp_path / "file").read_text() == "old" and os.listdir(tmp_path) == ["file"]
 
 
 def test_a_write_reaches_the_disk_before_the_name_and_the_folder_after(tmp_path, monkeypatch):
-    seen, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (
-        seen.append("folder" if os.path.isdir(f"/proc/self/fd/{handle}") else "file"), fsync(handle)))
-    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), replace(*names)))
+    seen, kinds = [], {True: "folder", False: "file"}
+    monkeypatch.setattr(os, "fsync", lambda handle: seen.append(
+        kinds[Path(f"/proc/self/fd/{handle}").is_dir()]))
+    monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), os.rename(*names)))
     write_atomic(tmp_path / "file", "text")
     assert seen == ["file", "name", "folder"]
 
@@ -63,19 +50,16 @@ def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_n
              ".file.backup.tmp"]
     for name in names:
         (tmp_path / name).write_text("half")
-    write_atomic(tmp_path / "file", "whole")
+    write_atomic(tmp_path / "file", b"whole")
     assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "file"])
+    assert (tmp_path / "file").read_text() == "whole"
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "7", '{"a": 1}', b"\xff\xfe"])
 def test_a_damaged_json_is_named(tmp_path, text):
-    path = tmp_path / "x.json"
-    write_atomic(path, text)
+    write_atomic(tmp_path / "x.json", text)
     with pytest.raises(ValueError, match="x.json is damaged"):
-        files.read_json(path, ["b"])
-
-
-# ---------------------------------------------------------------------------------- checkpoints
+        files.read_json(tmp_path / "x.json", ["b"])
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -92,20 +76,23 @@ def test_save_and_load_are_bit_equal(tmp_path, model, prior):
     assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
 
 
-class Call:
-    """Pickles as a call of `function`: what a hostile file is made of."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
+class Call:     # pickles as a call of a function: what a hostile file is made of
+    def __init__(self, *call):
+        self.call = call
 
     def __reduce__(self):
-        return self.call
+        return self.call[0], self.call[1:]
 
 
 def archive(content, **options):
-    buffer = io.BytesIO()
-    torch.save(content, buffer, **options)
+    torch.save(content, buffer := io.BytesIO(), **options)
     return buffer.getvalue()
+
+
+def ours(config=None, state=None, **changes):
+    """The archive of a checkpoint that is ours but for the changes."""
+    return archive({"config": asdict(SMALL) | (config or {}), "state": STATE | (state or {}),
+                    "format": 1} | changes)
 
 
 def sealed(data):
@@ -113,64 +100,32 @@ def sealed(data):
     return data + files._SEAL + hashlib.sha256(data).hexdigest().encode() + b"\n"
 
 
-def whole(**changes):
-    """All that a checkpoint holds, with changes: sealed, a file like ours but for these."""
-    return archive({"config": asdict(SMALL), "state": state(), "format": 1} | changes)
-
-
-def with_config(**changes):
-    return whole(config=asdict(SMALL) | changes)
-
-
-def with_state(name, value):
-    return whole(state=state() | {name: value})
-
-
-def repacked(data, compression=zipfile.ZIP_STORED, rename=str):
+def repacked(data, compression=zipfile.ZIP_STORED, pkl="pkl"):
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(buffer, "w", compression) as new:
         for member in old.infolist():
-            new.writestr(rename(member.filename), old.read(member))
+            new.writestr(member.filename.replace("pkl", pkl), old.read(member))
     return buffer.getvalue()
 
 
-def polyglot():
-    """An old-style torch file with an archive behind it: two readers see two contents."""
-    empty, content = io.BytesIO(), {"config": asdict(SMALL), "state": state(), "format": 1}
-    zipfile.ZipFile(empty, "w").close()
-    return archive(content, _use_new_zipfile_serialization=False) + empty.getvalue()
-
-
-UNSEALED = {"empty": lambda: b"", "text": lambda: b"just a longer text\n" * 20, "unsealed": whole,
-            "whole model": lambda: archive(build(SMALL))}
-HOSTILE = {
-    "text": lambda: b"hello",
-    "foreign": lambda: archive({"weights": torch.zeros(3)}),
-    "list": lambda: archive([1, 2]),
-    "whole model": lambda: archive(build(SMALL)),
-    "no config": lambda: archive({"state": {}, "format": 1}),
-    "config a list": lambda: whole(config=[1]),
-    "state a list": lambda: whole(state=[1]),
-    "newer": lambda: whole(format=2),
-    "format a word": lambda: whole(format="1"),
-    "zip bomb": lambda: repacked(whole(x=torch.zeros(10**7)), zipfile.ZIP_DEFLATED),
-    "call of 10 GB": lambda: whole(x=Call(bytearray, 10**10)),
-    "call in capitals": lambda: repacked(whole(x=Call(bytearray, 10**7)),
-                                         rename=lambda name: name.replace("pkl", "PKL")),
-    "polyglot": polyglot,
-    "unknown prior": lambda: with_config(prior="vampire"),
-    "unknown field": lambda: with_config(depth=3),
-    "tensor as a size": lambda: with_config(hidden=torch.zeros(40, 3)),
-    "other size": lambda: with_config(z_dim=3),
-    "huge components": lambda: with_config(components=10**7),
-    "huge hidden": lambda: with_config(hidden=10**7),
-    "NaN": lambda: with_state("output.bias", torch.full((6,), math.nan)),
-    "wrong shape": lambda: with_state("output.bias", torch.zeros(5)),
-    "wrong dtype": lambda: with_state("output.bias", torch.zeros(6).double()),
-    "not a tensor": lambda: with_state("output.bias", [0.0] * 6),
-    "one value for all": lambda: with_state("output.bias", torch.zeros(1).expand(6)),
-    "one name more": lambda: with_state("more", torch.zeros(1)),
-}
+NOT_A_BIAS = [torch.full((6,), math.nan), torch.zeros(5), torch.zeros(6).double(), [0.0] * 6,
+              torch.zeros(1).expand(6)]         # the last: one value in the file for all
+HOSTILE = [
+    b"hello", *map(archive, [{"weights": torch.zeros(3)}, [1, 2], build(SMALL),
+                             {"state": {}, "format": 1}, {"config": [1], "state": {}, "format": 1},
+                             {"config": asdict(SMALL), "state": [1], "format": 1}]),
+    ours(format=2), ours(format="1"), ours(state={"more": torch.zeros(1)}),
+    *(ours(state={"output.bias": value}) for value in NOT_A_BIAS),
+    *(ours({name: value}) for name, value in [
+        ("prior", "vampire"), ("depth", 3), ("hidden", torch.zeros(40, 3)), ("z_dim", 3),
+        ("components", 10**7), ("hidden", 10**7)]),
+    repacked(ours(x=torch.zeros(10**6)), zipfile.ZIP_DEFLATED),     # a bomb, and
+    repacked(ours(), zipfile.ZIP_DEFLATED),     # one whose headers outweigh what it hides
+    ours(x=Call(bytearray, 10**10)), repacked(ours(x=Call(bytearray, 10**7)), pkl="PKL"),
+    # an old-style file of torch with an empty archive behind it: two readers see two contents
+    archive({"config": asdict(SMALL), "state": STATE, "format": 1},
+            _use_new_zipfile_serialization=False) + b"PK\5\6" + bytes(18),
+]
 
 
 def refused(path, data):
@@ -180,14 +135,11 @@ def refused(path, data):
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", [*UNSEALED, *(f"sealed {kind}" for kind in HOSTILE)])
-def test_hostile_and_foreign_files_are_refused(tmp_path, kind):
-    name = kind.removeprefix("sealed ")
-    refused(tmp_path / "model.pt", UNSEALED[kind]() if kind in UNSEALED else sealed(HOSTILE[name]()))
-
-
-def test_the_files_above_are_refused_for_their_fault_alone(tmp_path):
-    for data in (whole(), repacked(whole())):
+def test_hostile_and_foreign_files_are_refused_for_their_fault_alone(tmp_path):
+    for data in HOSTILE:
+        refused(tmp_path / "model.pt", sealed(data))
+    for data in (ours(), repacked(ours())):
+        refused(tmp_path / "model.pt", data)        # it lacks the seal
         (tmp_path / "model.pt").write_bytes(sealed(data))
         assert load_model(tmp_path / "model.pt", build).config == SMALL
 
@@ -197,24 +149,20 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, wrap, checks):
     marker = tmp_path / "marker"
     if checks == 1:     # torch's own refusal is a second wall behind ours, and must stand alone
         monkeypatch.setattr(files, "_check_archive", lambda data: None)
-    refused(tmp_path / "model.pt", wrap(whole(x=Call(os.system, f"touch {marker}"))))
+    refused(tmp_path / "model.pt", wrap(ours(x=Call(os.system, f"touch {marker}"))))
     assert not marker.exists()
 
 
 def test_damaged_and_truncated_files_are_refused(tmp_path):
-    save_model(tmp_path / "good.pt", build(SMALL))
-    good, chance = (tmp_path / "good.pt").read_bytes(), random.Random(0)
+    good, chance = sealed(ours()), random.Random(0)
     tail = range(len(good) - files._SEAL_SIZE, len(good))       # the seal itself, byte by byte
     for position in [*chance.sample(range(len(good)), 60), *tail]:
         damaged = bytearray(good)
         damaged[position] ^= 1 << chance.randrange(8)
         refused(tmp_path / "bad.pt", bytes(damaged))
-    for size in [1, len(good) - 1, *chance.sample(range(len(good)), 20)]:
+    for size in [0, 1, len(good) - 1, *chance.sample(range(len(good)), 20)]:
         refused(tmp_path / "bad.pt", good[:size])
     refused(tmp_path / "bad.pt", good + b"\n")
-
-
-# ------------------------------------------------------------------------- errors and progress
 
 
 @pytest.mark.parametrize("error, line", [
@@ -229,13 +177,12 @@ def test_an_expected_error_is_one_line(capsys, error, line):
         files.command(lambda argv: {}["x"])()
 
 
-@pytest.mark.parametrize("script", ["data.py", "train.py", "evaluate.py", "plot.py", "report.py",
-                                    "bench.py"])
+@pytest.mark.parametrize("script", "data train evaluate plot report bench".split())
 def test_a_wrong_flag_is_one_line_and_ctrl_c_ends_any_script_at_once(script):
     """The signal comes while torch or numpy is being imported: no traceback, the shell's code."""
-    def start(*words):
-        return subprocess.Popen([sys.executable, "-X", "importtime", script, *words], text=True,
-                                cwd=Path(__file__).parent, stderr=subprocess.PIPE)
+    def start(flag):
+        return subprocess.Popen([sys.executable, "-X", "importtime", script + ".py", flag],
+                                text=True, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
     process = start("--bogus")
     lines = [x for x in process.communicate()[1].splitlines() if "import time:" not in x]
     assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
@@ -247,57 +194,31 @@ def test_a_wrong_flag_is_one_line_and_ctrl_c_ends_any_script_at_once(script):
     assert "Traceback" not in process.communicate()[1] and process.returncode == 130
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def screen(text, height):
-    """The lines that a terminal shows, cursor movements and erasing carried out."""
-    rows, row, column, i = [""] * height, height - 1, 0, 0
-    while i < len(text):
-        if text[i] == "\x1b":
-            end = next(j for j in range(i, len(text)) if text[j].isalpha())
-            n = int(text[i + 2:end] or 1)
-            row += {"A": -n, "B": n}.get(text[end], 0)
-            if text[end] == "K":
-                rows[row] = rows[row][:column]
-            i = end
-        elif text[i] == "\r":
-            column = 0
-        else:
-            rows[row] = rows[row][:column].ljust(column) + text[i] + rows[row][column + 1:]
-            column += 1
-        i += 1
-    return rows
-
-
 def test_models_side_by_side_keep_to_their_own_line(monkeypatch):
     monkeypatch.setenv("ROWS", "vae vamp")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    first, second = files.Line("vae"), files.Line("vamp")
-    first.write("\rvae: 10 % of a long line")
-    second.write("\rvamp: 5 %")
-    first.write("\rvae: 20 %")
-    second.say("drawn")
-    first.write("\n")           # tqdm's at its end
-    assert screen(sys.stderr.getvalue(), 3) == ["vae: 20 %", "vamp: drawn", ""]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    sys.stderr.isatty = lambda: True
+    files.Line("vae").write("\rvae: 20 %")
+    files.Line("vamp").say("drawn")
+    files.Line("vamp").write("\n")       # tqdm's at its end
+    assert sys.stderr.getvalue() == (           # up, the text, the rest erased, down again
+        "\x1b[2A\rvae: 20 %\x1b[K\r\x1b[2B" "\x1b[1A\rvamp: drawn\x1b[K\r\x1b[1B")
 
 
 def test_a_log_file_gets_lines_and_no_control_characters(monkeypatch, capsys):
-    monkeypatch.setenv("ROWS", "vae")
+    monkeypatch.setenv("ROWS", "vae")       # which stands for a terminal's rows only
     line = files.Line("vae")
     with line.bar(3, "training") as bar:
-        for _ in range(3):
-            bar.update()
+        bar.update(3)
     line.say("trained")
     seen = capsys.readouterr()
     assert seen.out == "vae: trained\n" and "\r" not in seen.err and "\x1b" not in seen.err
     assert bar.mininterval == 60 and seen.err.startswith("vae: training:   0%")
 
 
-def test_files_does_not_import_torch():
-    code = "import sys, files; print('torch' in sys.modules)"
+@pytest.mark.parametrize("module, others", [("files", "torch"), ("models", "files data")])
+def test_a_module_does_not_import(module, others):
+    code = f"import sys, {module}; print(set({others.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True,
                           capture_output=True)
-    assert done.stdout == "False\n", done.stderr
+    assert done.stdout == "set()\n", done.stderr

@@ -192,7 +192,11 @@ def test_the_epoch_kept_is_the_best_at_beta_1_and_patience_counts_from_it(digits
     elbo = iter([-1, -9, -5, -4, -6, -6, -6, -6])       # beta is 1 from the second epoch on
     monkeypatch.setattr(train, "validate", lambda *args: {"val_elbo": next(elbo)})
     out = fit(tmp_path / "run", digits, "--epochs", 20, "--patience", 3)
-    assert load(out / "model.pt").extra["best_epoch"] == 4 and len(rows(out)) == 7
+    extra = load(out / "model.pt").extra
+    assert extra["best_epoch"] == 4 and extra["epochs"] == len(rows(out)) == 7
+    with open(out / "log.csv", newline="") as file:
+        seconds = sum(float(row["seconds"]) for row in csv.DictReader(file))
+    assert extra["train_seconds"] == pytest.approx(seconds) and seconds > 0
 
 
 @pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999)])
