@@ -4,8 +4,9 @@
     python plot.py results/latest --models vae vamp     models of a run, or all, side by side
 """
 import files
+
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()       # before matplotlib, whose import takes a second
 
 import collections
 import contextlib
@@ -51,7 +52,7 @@ def reading(path, script):
     try:
         yield
     except Exception as error:      # a damaged archive raises nearly anything in zipfile and numpy
-        what = "it lacks " * isinstance(error, KeyError) + files.one_line(error)
+        what = f"it lacks {error}" if isinstance(error, KeyError) else files.one_line(error)
         raise ValueError(f"{path} is damaged ({what}): run {script} again") from None
 
 
@@ -59,11 +60,12 @@ def read_metrics(path):
     """metrics.json of evaluate.py as a dict; a missing standard error (of one image) is 0."""
     with reading(path, "evaluate.py"):
         m = json.loads(path.read_text(encoding="utf-8"))
+        layers = ["kl1", "kl2"] if m["model"] == "hvae" else []
+        mixture = ["components", "components_used"] if m["prior"] != "standard" else []
         for key in ("label note binarize samples images epochs best_epoch train_seconds seconds "
-                    "active_units latent_dims").split() + (
-                        ["components", "components_used"] * (m["prior"] != "standard")):
+                    "active_units latent_dims").split() + mixture:
             m[key]      # a KeyError now, rather than half-way
-        for key in ["recon", "kl", "elbo", "nll"] + ["kl1", "kl2"] * (m["model"] == "hvae"):
+        for key in ["recon", "kl", "elbo", "nll", *layers]:
             m[key]["se"] = m[key]["se"] or 0
             if not math.isfinite(m[key]["mean"] + m[key]["se"]):
                 raise ValueError(f"{key} is not finite")

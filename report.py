@@ -5,14 +5,16 @@
     python report.py --docs README.md RESULTS.md        their generated blocks, from assets/
 """
 import files
+
 if __name__ == "__main__":
-    files.catch_signals()
+    files.catch_signals()       # before matplotlib, whose import takes a second
 
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
+
 import plot
 
 # Test NLL on dynamically binarised MNIST in Tomczak & Welling (2018), Table 1.
@@ -21,6 +23,7 @@ PAPER = {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
 BETTER = {"recon": max, "elbo": max, "nll": min}    # a KL by itself is neither good nor bad
 UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
          "Recon and ELBO are.")
+
 
 def table(columns):
     """A Markdown table of (title, cells) pairs, first column to the left, others to the right."""
@@ -120,7 +123,7 @@ def results_block(runs, long):
     columns = results([(name, a or b) for name, a, b in zip(names, short, full)], short) + [
         ("Training, minutes", map(minutes, short)), ("NLL of `make paper`", stats("nll", full)),
         ("Training, minutes", map(minutes, full)),
-        ("Paper's NLL", [min(paper(a), paper(b), key="-".__eq__) for a, b in zip(short, full)])]
+        ("Paper's NLL", [paper(b or a) for a, b in zip(short, full)])]
     lines = [f"{name}: {line}" for name, part in (("`make all`", runs), ("`make paper`", long))
              for line in data_lines(part.items())]
     return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, UNITS])])
@@ -201,7 +204,7 @@ def renewed(path, texts):
         if content.count(begin) + content.count(end) != 2 * bool(closed):
             raise ValueError(f"{path} needs one '{begin}' and one '{end}' after it, or neither")
         if found:
-            content = f"{head}{begin}\n{text}{bool(text) * chr(10)}{end}{tail}"
+            content = f"{head}{begin}\n{text}\n{end}{tail}" if text else f"{head}{begin}\n{end}{tail}"
     return content
 
 
@@ -237,8 +240,10 @@ def main(argv=None):
     parser.add_argument("--assets", type=Path, default="assets", help="records for the last four")
     args = parser.parse_args(argv)
     given = [part for part in (args.run, args.expect, args.docs) if part is not None]
-    if len(given) != 1 or given[0] == args.expect and (args.expect < 1 or not args.models):
-        raise ValueError("give a folder, --docs, or --expect with 1 or more and --models")
+    if len(given) != 1:
+        raise ValueError("give one of: a folder, --expect, --docs")
+    if args.expect is not None and (args.expect < 1 or not args.models):
+        raise ValueError("--expect needs 1 or more, and --models")
     if args.expect is not None:
         print(expectation(args.assets, args.models, args.expect, args.epochs, args.samples))
     elif args.docs:

@@ -148,7 +148,7 @@ def test_download_is_whole_or_nothing(made, tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(gzip.compress(idx(array[:9])))
     wrong, silent, sound = mirror(tmp_path), mirror(made[0], answers=False), mirror(made[0])
     for fetch, timeout, words in ((wrong[1], 10, "header"), (silent[1], 0.7, "timed out"),
-                                  ("while True: pass", 0.02, "no answer, or too slow")):
+                                  ("import time\ntime.sleep(20)", 0.02, "no answer, or too slow")):
         monkeypatch.setattr(data, "FETCH", fetch)
         with pytest.raises(OSError, match=rf"could not be downloaded \(.*{words}"):
             data.load("mnist", tmp_path / "new", strict=True, timeout=timeout)
