@@ -121,7 +121,7 @@ def test_documents_are_renewed(assets, tmp_path):
     ("--docs A B --assets .", "<!-- begin runs --><!-- end runs -->" * 2, "B needs one"),
     ("--docs A B --assets bad", "", "damaged (it lacks 'machine'): run bench.py again"),
     ("--docs A B --assets none", "", "none is not a folder"), ("bad", "", "run evaluate.py"),
-    ("", "", "give a folder"), ("--expect 0 --models a", "", "1 or more")])
+    ("", "", "give one of: a folder"), ("--expect 0 --models a", "", "1 or more")])
 def test_refusals(tmp_path, monkeypatch, capsys, args, text, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").mkdir()
