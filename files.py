@@ -292,4 +292,4 @@ class Line:
         """A tqdm bar in this line: twice a second on a terminal, once a minute in a log file."""
         from tqdm import tqdm
         return tqdm(total=total, desc=self.name + what, file=self, dynamic_ncols=True, leave=False,
-                    mininterval=0.5 if self.live else 60, **more)
+                    mininterval=0.5 if self.live else 60, miniters=1, **more)

@@ -42,30 +42,42 @@ def log_bernoulli(x, logits):
     """log Bernoulli(x; sigmoid(logits)) in nats, summed over the last axis: (..., D) -> (...).
 
     x in [0, 1]; written with logits because a clamped probability has no gradient beyond its clamp.
-    Computed in float32 at least, whatever autocast made of the inputs.
+    Computed in float32 at least, whatever autocast made of the inputs. Not twice differentiable.
     """
     logits = _wide(logits)
     x = x.to(logits.dtype)
-    if not torch.is_grad_enabled() and ((x == 0) | (x == 1)).all():
-        short = _log_bernoulli_by_products(x, logits)
-        if short is not None:
-            return short
+    if not x.requires_grad and ((x == 0) | (x == 1)).all():
+        return _LogBinary.apply(2 * x - 1, logits)
     x, logits = torch.broadcast_tensors(x, logits)
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
 
 
-def _log_bernoulli_by_products(x, logits):
-    """The same for x in {0, 1}, without gradients: one logarithm for the product of eight pixels'
-    probabilities. None when a product comes near underflow.
+class _LogBinary(torch.autograd.Function):
+    """log_bernoulli for x in {0, 1}, given as sign = 2 x - 1: sum_d log sigmoid(sign_d logits_d).
 
-    Validation and the test likelihood both gain by it, so it stands here and not in evaluate.py.
+    One logarithm for the product of eight pixels' probabilities, where that stays above underflow:
+    the logarithms of single pixels would take as long as the matrix products before them.
     """
-    probs = torch.sigmoid_(logits * (2 * x - 1))
-    for _ in range(3):
-        if probs.shape[-1] % 2 == 0:
-            half = probs.shape[-1] // 2
-            probs = probs[..., :half] * probs[..., half:]
-    return probs.log_().sum(-1) if (probs > 1e-30).all() else None
+
+    @staticmethod
+    def forward(ctx, sign, logits):
+        probs = torch.sigmoid_(logits * sign)
+        ctx.save_for_backward(sign, probs)
+        ctx.shape = logits.shape
+        product = probs
+        for _ in range(3):
+            if product.shape[-1] % 2 == 0:
+                half = product.shape[-1] // 2
+                product = product[..., :half] * product[..., half:]
+        if (product > 1e-30).all():
+            return product.log().sum(-1)
+        return F.logsigmoid(logits * sign).sum(-1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        sign, probs = ctx.saved_tensors     # d log p / d logit = x - sigmoid(logit)
+        return None, ((1 - probs).mul_(sign).mul_(grad[..., None])).sum_to_size(ctx.shape)
 
 
 class _LogMixture(torch.autograd.Function):
@@ -349,7 +361,7 @@ class GaussianHead(nn.Module):
         self.linear = _linear(n_in, 2 * n_out)
 
     def forward(self, h):
-        mu, logvar = self.linear(h).chunk(2, dim=-1)
+        mu, logvar = _wide(self.linear(h)).chunk(2, dim=-1)     # latents keep float32's digits
         return mu, logvar.clamp(-6.0, 2.0)
 
 

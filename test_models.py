@@ -305,6 +305,24 @@ def test_path_gradient_is_the_gradient_less_the_score(model, prior):
     torch.testing.assert_close(of_full, tuple(a + b for a, b in zip(of_path, of_score)))
 
 
+@each_cell
+def test_gradients_in_bfloat16_point_where_those_in_float32_do(model, prior):
+    torch.manual_seed(2)
+    ours, x = build(Config(model, prior, components=50)), (torch.rand(64, 784) < 0.3).float()
+    found = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, half):
+            terms = ours.terms(x, generator=seeded(1), path_gradient=True)
+        assert all(value.dtype == torch.float32 for value in terms.values())
+        loss = (terms["kl"] - terms["recon"]).mean()
+        found.append((loss, torch.autograd.grad(loss, list(ours.parameters()))))
+    (exact, slopes), (value, halved) = found
+    assert value.item() != exact.item() and value.item() == pytest.approx(exact.item(), rel=1e-2)
+    for a, b in zip(slopes, halved):
+        assert F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
+        assert (a - b).norm() < 0.15 * a.norm()
+
+
 @pytest.mark.parametrize("model, count", [("vae", 1_116_864), ("hvae", 2_431_024)])
 @pytest.mark.parametrize("prior, more", [("standard", 0), ("vamp", 500 * 784), ("mog", 1000 * 40)])
 def test_parameter_counts_and_first_values_are_the_papers(model, count, prior, more):

@@ -27,7 +27,7 @@ import train
 
 HERE = Path(__file__).parent
 TINY = ["--hidden", "16", "--z-dim", "4", "--pseudo-inputs", "6", "--batch-size", "20",
-        "--epochs", "4", "--warmup", "2", "--device", "cpu"]
+        "--epochs", "4", "--warmup", "2", "--device", "cpu", "--precision", "float32"]
 
 
 @pytest.fixture(scope="session")
@@ -206,6 +206,34 @@ def test_flags_override_the_recipe_of_the_data_size(name, data, count):
     values = dict(zip(train.RECIPE_FLAGS, train.RECIPES[name][data]))
     assert {flag: getattr(args, flag) for flag in values} == values | {"lr": 0.5}
     assert record == {"name": name, "size": data, "values": values, "changed": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize("flags, found", [("flags : fpu avx512f avx512_bf16 ssse3", "bfloat16"),
+                                          ("Features : asimd bf16 i8mm", "bfloat16"),
+                                          ("flags : fpu avx2 avx512f", "float32"), (None, "float32")])
+def test_auto_precision_is_the_hardwares_and_a_runs_own(flags, found, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "CPUINFO", tmp_path / "cpuinfo")
+    if flags:
+        (tmp_path / "cpuinfo").write_text(flags)
+    device, other = torch.device("cpu"), {"float32": "bfloat16", "bfloat16": "float32"}[found]
+    assert train.pick_precision("auto", device, tmp_path) == found
+    assert train.pick_precision(other, device, tmp_path) == other
+    (tmp_path / "config.json").write_text(json.dumps({"args": {"precision": other}}))
+    assert train.pick_precision("auto", device, tmp_path) == other
+
+
+def test_bfloat16_is_trained_recorded_and_kept(digits, tmp_path, monkeypatch, capsys):
+    half = ["--precision", "bfloat16"]
+    whole, out = fit(tmp_path / "whole", digits, *half), tmp_path / "run"
+    die_in_epoch(3, out, digits, monkeypatch, *half)
+    fit(out, digits, "--resume", code=2)
+    one_line(capsys, "precision", "bfloat16")
+    fit(out, digits, "--precision", "auto", "--resume")
+    assert_same_run(whole, out)
+    exact = fit(tmp_path / "exact", digits)
+    a, b = (np.array([float(row["train_elbo"]) for row in rows(folder)]) for folder in (whole, exact))
+    assert (a != b).any() and a == pytest.approx(b, rel=5e-3)
+    assert json.loads((out / "config.json").read_text())["args"]["precision"] == "bfloat16"
 
 
 def test_config_json_records_recipe_and_values(whole):

@@ -50,6 +50,10 @@ RECIPES = {
 SMALL = 10_000
 
 
+PRECISIONS = ("float32", "bfloat16")
+CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is float32
+
+
 class Diverged(Exception):
     """The loss is not finite, or far worse than that of the mean image."""
 
@@ -96,6 +100,10 @@ def parse_args(argv=None):
     datasets.add_arguments(p)
     group = p.add_argument_group("run")
     group.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then cpu")
+    group.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto",
+                       help="of training's matrix products; densities, weights and validation stay "
+                            "float32 at least. auto takes bfloat16 where the hardware has it, and on "
+                            "resuming what the run has")
     group.add_argument("--out", help="run folder (default: results/<time>/<name of the model>)")
     group.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out if it is there, else start")
@@ -126,6 +134,21 @@ def settle(args, train_images):
                if flag in values and value != values[flag]}
     return (argparse.Namespace(**(values | vars(args))),
             {"name": args.recipe, "size": size, "values": values, "changed": changed})
+
+
+def has_bfloat16(device):
+    """Whether the hardware itself multiplies bfloat16: AVX512-BF16, AMX, Armv8.6; GPUs from Ampere on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    words = CPUINFO.read_text().split() if CPUINFO.exists() else ()
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
+def pick_precision(name, device, out):
+    """One of PRECISIONS: for auto that of the run in the folder `out`, else the hardware's."""
+    if name == "auto" and (out / "config.json").exists():
+        name = files.read_json(out / "config.json", ["args"])["args"].get("precision", "float32")
+    return ("bfloat16" if has_bfloat16(device) else "float32") if name == "auto" else name
 
 
 # ---------------------------------------------------------------------------------- run folder
@@ -318,8 +341,9 @@ def train_epoch(run, args, data, tick=lambda: None):
                                  min(1, args.epochs / 2) / args.epochs)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        terms = model.terms(data.batch(index, generator), generator=generator,
-                            path_gradient=not args.full_gradient)
+        with torch.autocast(data.train.device.type, torch.bfloat16, args.precision == "bfloat16"):
+            terms = model.terms(data.batch(index, generator), generator=generator,
+                                path_gradient=not args.full_gradient)
         loss = (beta * terms["kl"] - terms["recon"]).mean()
         run.optimizer.zero_grad()
         loss.backward()
@@ -375,6 +399,7 @@ def train(args):
     data = datasets.load(args.dataset, args.data_dir, args.binarize, args.split_seed,
                          args.strict_data, device)
     args, recipe = settle(args, len(data.train))
+    args.precision = pick_precision(args.precision, device, out)
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                     args.pseudo_inputs, args.learned_weights)
     settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
