@@ -291,6 +291,7 @@ def main(argv=None):
         metrics, arrays = evaluate(model, data, args.samples, args.seed, bar.update)
     metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
                 if name in model.extra}
+    metrics["trained_in"] = model.extra["run"]["args"].get("precision", "float32")
     metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

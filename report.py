@@ -78,9 +78,12 @@ def results(named, metrics):
 
 def data_lines(named):
     """Lines that say what the numbers of these models rest on."""
-    kinds = dict.fromkeys(plot.measured(m) for _, m in named)
+    kinds = {}
+    for _, m in named:
+        kinds.setdefault(plot.measured(m), set()).add(m.get("trained_in", "float32"))
     lines = [f"{dataset}{f' ({note})' if note else ''}, {binarize} binarisation, {images:,} test "
-             f"images, S = {samples:,}." for dataset, note, binarize, samples, images in kinds]
+             f"images, S = {samples:,}, trained in {' and '.join(sorted(precisions))}."
+             for (dataset, note, binarize, samples, images), precisions in kinds.items()]
     return lines + ["Warning: measured on different data, numbers of images or S, so these cannot "
                     "be compared and none is bold."] * (len(kinds) > 1)
 

@@ -27,7 +27,7 @@ def assets(tmp_path_factory):
         layers = {"kl1": stat(8 + i, 0.3), "kl2": stat(17 + i, 0.4)} if "/h" in run else {}
         fake_run(folder / run, recon=stat(-60 - i, 0.1), kl=stat(20 + i, 0.2), **layers,
                  elbo=stat(-80 - 2 * i, 0.3), nll=stat(90 - i, 0.01 * i), train_seconds=600.0 * i,
-                 samples=500 if i < 4 else 5000,
+                 **({"samples": 500, "trained_in": "bfloat16"} if i < 4 else {"samples": 5000}),
                  active_units={"z1": i, "z2": i - 1} if layers else {"z": i})
     (folder / "bench.json").write_text(json.dumps(
         {"machine": {"cpu": "CPU"}, "torch": "2.14", "threads": 2, "gflops": 231.4, "rows": ROWS}))
@@ -49,8 +49,8 @@ def test_every_column_comes_from_its_source(assets):
         "HVAE + standard prior | - | - | - | - | - | 86.00 | 40 | 82.42",
         "HVAE + VampPrior | **-61.00** | 21.00 | **-82.00** | 89.00 | 10 | 84.00 | 60 | 81.24"]
     assert blocks["results"].splitlines()[7:9] == [
-        "- `make all`: mnist, dynamic binarisation, 60 test images, S = 500.",
-        "- `make paper`: mnist, dynamic binarisation, 60 test images, S = 5,000."]
+        "- `make all`: mnist, dynamic binarisation, 60 test images, S = 500, trained in bfloat16.",
+        "- `make paper`: mnist, dynamic binarisation, 60 test images, S = 5,000, trained in float32."]
     assert rows(blocks["runs"])[3:] == [
         "HVAE + VampPrior | **-61.00** | 21.00 | **-82.00** | 89.00 | 81.24 | 12 | 10",
         "Model | Active units | KL1 | KL2 | Components in use",

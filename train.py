@@ -40,11 +40,11 @@ WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "datase
 # the second line: few images make few batches, and overfit soon.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
 RECIPES = {
-    "default": {"large": (100, 1000, 1.2e-2, 10, 0.996, 0.15, 500),
+    "default": {"large": (340, 1000, 1.2e-2, 20, 0.996, 0.08, 500),
                 "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
     "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500),
              "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
-    "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.15, 50),
+    "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.08, 50),
               "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
 }
 SMALL = 10_000
