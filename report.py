@@ -183,8 +183,8 @@ def recipe_block(path):
 
 def blocks(assets):
     """{name: Markdown} of every block; "" where nothing is recorded under `assets`."""
-    runs, long = (read_named(folder) if any(folder.glob("*/metrics.json")) else []
-                  for folder in (assets / "runs", assets / "paper"))
+    runs, more, long = (read_named(folder) if any(folder.glob("*/metrics.json")) else []
+                        for folder in (assets / "runs", assets / "runs-5000", assets / "paper"))
     bench, recipe = assets / "bench.json", assets / "recipe.json"
     return {"time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
                     "on the two cores of the recorded runs." if runs else "",
@@ -192,6 +192,7 @@ def blocks(assets):
             "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
                 [m for _, m in runs]).splitlines()),
             "runs": full_tables(runs, record=True) if runs else "",
+            "runs-5000": full_tables(more, record=True) if more else "",
             "paper": full_tables(long, record=True) if long else "",
             "speed": speed_block(bench) if bench.exists() else "",
             "recipe": recipe_block(recipe) if recipe.exists() else ""}
