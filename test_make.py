@@ -148,7 +148,9 @@ def test_make_refuses_in_one_line(words, said):
 
 def test_make_names_the_python_it_needs(tmp_path):
     old = tmp_path / "python3"
-    old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.6\nexit 1\n')
+    old.write_text('#!/bin/sh\n[ "$1" = --version ] && { echo Python 3.9.6; exit; }\n'
+                   f"exec {sys.executable} -c 'import sys; sys.version_info = (3, 9, 6); "
+                   """exec(sys.argv[1])' "$2"\n""")
     old.chmod(0o755)
     done = subprocess.run(["make", "-C", HERE, "all", f"PYTHON3={old}", f"VENV={tmp_path}/venv"],
                           env=ENV, capture_output=True, text=True)

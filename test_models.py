@@ -313,7 +313,8 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(model, prior):
     for half in (False, True):
         with torch.autocast("cpu", torch.bfloat16, half):
             terms = ours.terms(x, generator=seeded(1), path_gradient=True)
-        assert all(value.dtype == torch.float32 for value in terms.values())
+            latents = ours.encode(x)
+        assert all(value.dtype == torch.float32 for value in (*terms.values(), *latents))
         loss = (terms["kl"] - terms["recon"]).mean()
         found.append((loss, torch.autograd.grad(loss, list(ours.parameters()))))
     (exact, slopes), (value, halved) = found

@@ -223,8 +223,13 @@ def test_auto_precision_is_the_hardwares_and_a_runs_own(flags, found, tmp_path, 
 
 
 def test_bfloat16_is_trained_recorded_and_kept(digits, tmp_path, monkeypatch, capsys):
-    half = ["--precision", "bfloat16"]
-    whole, out = fit(tmp_path / "whole", digits, *half), tmp_path / "run"
+    half, seen, terms = ["--precision", "bfloat16"], set(), models.VAE.terms
+    with monkeypatch.context() as patch:        # validation, without gradients, is float32
+        patch.setattr(models.VAE, "terms", lambda *args, **more: (seen.add((
+            torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"),
+            torch.get_autocast_dtype("cpu"))), terms(*args, **more))[1])
+        whole, out = fit(tmp_path / "whole", digits, *half), tmp_path / "run"
+    assert seen == {(True, True, torch.bfloat16), (False, False, torch.bfloat16)}
     die_in_epoch(3, out, digits, monkeypatch, *half)
     fit(out, digits, "--resume", code=2)
     one_line(capsys, "precision", "bfloat16")
