@@ -139,6 +139,14 @@ def test_the_folder_of_a_run(words, folder):
     assert len(out) == 1 and re.fullmatch(folder, out.pop())
 
 
+def test_make_passes_its_variables_on():
+    text = plan("all", "SEED=3", "EPOCHS=7", "SAMPLES=9", "STRICT=1", "RECIPE=long", "DATA_DIR=d",
+                "TRAIN_FLAGS=--ema 0", "EVAL_FLAGS=--images 5").stdout
+    for words in ("--seed 3 --epochs 7 --ema 0", "--recipe long", '--data-dir "d"', "--strict-data",
+                  "--samples 9", "--images 5"):
+        assert words in text
+
+
 @pytest.mark.parametrize("words, said", [(["all", "MODELS=vqvae"], "vqvae"),
                                          (["all", "RUN=a b"], "without spaces")])
 def test_make_refuses_in_one_line(words, said):
