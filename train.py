@@ -34,6 +34,11 @@ COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val
 # settings that may change on resuming: where things are, not what is trained
 WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
 
+
+class Diverged(Exception):
+    """The loss is not finite, or far worse than that of the mean image."""
+
+
 # ------------------------------------------------------------------------------------ arguments
 
 # What these flags are when they are not given. Data sets of fewer than SMALL training images take
@@ -48,14 +53,8 @@ RECIPES = {
               "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
 }
 SMALL = 10_000
-
-
 PRECISIONS = ("float32", "bfloat16")
 CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is float32
-
-
-class Diverged(Exception):
-    """The loss is not finite, or far worse than that of the mean image."""
 
 
 def parse_args(argv=None):
