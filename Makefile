@@ -50,7 +50,7 @@ EVALUATED_BY := SAMPLES=$(SAMPLES) EVAL_FLAGS=$(EVAL_FLAGS)
 export OMP_NUM_THREADS RUN MODELS DATASET DATA_DIR RECIPE SEED EPOCHS SAMPLES STRICT TRAIN_FLAGS \
   EVAL_FLAGS TRAINED_BY EVALUATED_BY
 
-.PHONY: help all run quick paper bench record docs test test-all clean distclean FORCE $(KNOWN)
+.PHONY: help all run quick plane paper bench record docs test test-all clean distclean FORCE $(KNOWN)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -85,6 +85,10 @@ $(KNOWN): $(ENV)
 
 quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-quick) RECIPE=quick SAMPLES=20 EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
+
+plane: $(ENV)  ## the picture at the head of the README: three priors of two latents, in about eight minutes
+	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-plane) MODELS="vae mog vamp" EPOCHS=$(or $(EPOCHS),120) \
+	  TRAIN_FLAGS="--z-dim 2 $(TRAIN_FLAGS)"
 
 paper: $(ENV)  ## the full protocol, hours: four models, longer training, S = 5000
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-paper) RECIPE=long SAMPLES=5000 MODELS="vae vamp hvae hvamp"

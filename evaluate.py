@@ -33,6 +33,8 @@ from models import (DEVICES, PRIORS, StandardPrior, build, by_coefficients, log_
 CHUNK = 1000        # samples of one image in one pass: large enough for the matrix products
 INFER = 100         # images encoded at once
 ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
+NEIGHBOURS = 5      # of the k-NN classifier
+CODED = 50_000      # training images whose codes the classifiers see, at most
 
 
 # ----------------------------------------------------------------------------------- likelihood
@@ -182,11 +184,99 @@ def _log_marginals(z, p, prior):
 
 
 @torch.no_grad()
-def pictures(model, x, generator, n=48):
-    """Arrays for the figures: images with reconstructions, samples, pseudo-inputs."""
-    images = datasets.pixels(x[:n])
-    return {"images": images, "reconstructions": model.reconstruct(images),
-            "samples": model.sample(64, generator)}
+def pictures(model, data, generator, n=48):
+    """Arrays for the figures: images with reconstructions, samples beside the nearest training
+    images, walks between test images, and what one z2 alone leaves open."""
+    images = datasets.pixels(data.test[:n])
+    arrays = {"images": images, "reconstructions": model.reconstruct(images),
+              "samples": model.sample(64, generator), "walks": walks(model, images)}
+    arrays["neighbours"], arrays["sample_distance"] = nearest(arrays["samples"][:16], data.train)
+    _, arrays["reconstruction_distance"] = nearest(arrays["reconstructions"], data.train)
+    if model.layers == ("z1", "z2"):
+        z2 = model.prior.sample(6, generator).repeat_interleave(12, 0)
+        arrays["shared_z2"] = model.generate(z2, generator).view(6, 12, -1)
+    return arrays
+
+
+def walks(model, images, pairs=3, steps=12):
+    """(pairs, steps, D) images along straight lines between the latent means of neighbouring pairs
+    of images (N, D), in all layers at once."""
+    way = torch.linspace(0, 1, steps, device=images.device)[:, None]
+    found = []
+    for i in range(0, min(2 * pairs, len(images) - 1), 2):
+        means = [z for z, _, _ in model.latents(images[i:i + 2]).values()]
+        found.append(torch.sigmoid(model.decode(*(torch.lerp(z[:1], z[1:], way) for z in means))))
+    return torch.stack(found) if found else images.new_zeros(0, steps, images.shape[1])
+
+
+def nearest(x, train):
+    """The training image nearest to each of x (N, D) by its grey values, and the distance (N,)."""
+    best, where = torch.full_like(x[:, 0], math.inf), torch.zeros(len(x), dtype=torch.long)
+    for first in range(0, len(train), 10_000):
+        distance, index = torch.cdist(x, datasets.pixels(train[first:first + 10_000])).min(1)
+        where = torch.where(distance < best, first + index, where.to(index.device))
+        best = torch.minimum(best, distance)
+    return datasets.pixels(train[where]), best
+
+
+@torch.no_grad()
+def plane(model, means, points=160, images=18):
+    """Of a model with two top latents: its prior's log density over the square that holds nearly
+    all posterior means (N, 2), and the images that the square's points generate. Row 0 is at the
+    bottom."""
+    low, high = (torch.quantile(means, q, 0) for q in (0.005, 0.995))
+    center, half = (low + high) / 2, 0.58 * (high - low).max().clamp(min=1e-3)
+
+    def grid(n, inset=0.0):
+        axis = torch.linspace(-1 + inset, 1 - inset, n, device=means.device) * half
+        return torch.cartesian_prod(axis, axis).flip(1) + center
+    at = grid(images, 1 / images)       # the middles of its cells
+    generator = torch.Generator(means.device).manual_seed(0)
+    return {"plane_box": torch.cat([center - half, center + half]),
+            "plane_log_prior": model.prior.frozen().log_prob(grid(points)).view(points, points),
+            "plane_images": model.generate(at, generator).view(images, images, -1),
+            "plane_image_log_prior": model.prior.frozen().log_prob(at).view(images, images)}
+
+
+def classify(model, data, generator):
+    """Accuracies on the test images of two classifiers that see the latent means of all layers:
+    multinomial logistic regression ("linear probe"), and the majority of the NEIGHBOURS nearest
+    training codes. Training images are binarised as in training. Empty without labels.
+    """
+    if data.test_labels is None:
+        return {}
+    some = torch.arange(min(CODED, len(data.train)), device=data.train.device)
+    train = _codes(model, (data.batch(part, generator) for part in some.split(1000)))
+    test = _codes(model, (datasets.pixels(part) for part in data.test.split(1000)))
+    classes, labels = data.train_labels[some].unique(return_inverse=True)
+    near = torch.cat([torch.cdist(part, train).topk(min(NEIGHBOURS, len(train)), largest=False)[1]
+                      for part in test.split(500)])
+    guesses = {"knn": labels[near].mode(1)[0], "probe": _probe(train, labels, len(classes))(test)}
+    return {f"{name}_accuracy": (classes[guess] == data.test_labels).double().mean().item()
+            for name, guess in guesses.items()}
+
+
+@torch.no_grad()
+def _codes(model, batches):
+    return torch.cat([torch.cat([z for z, _, _ in model.latents(x).values()], 1) for x in batches])
+
+
+def _probe(codes, labels, classes):
+    """The function codes (N, D) -> labels (N,) of a logistic regression fitted to these."""
+    center, scale = codes.mean(0), codes.std(0).clamp(min=1e-6)
+    z, layer = (codes - center) / scale, torch.nn.Linear(codes.shape[1], classes).to(codes.device)
+    torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    optimizer = torch.optim.LBFGS(layer.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.cross_entropy(layer(z), labels)
+        value = value + 1e-4 * layer.weight.square().sum()      # or separable classes never end
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return lambda new: layer((new - center) / scale).argmax(1)
 
 
 @torch.no_grad()
@@ -221,9 +311,12 @@ def evaluate(model, data, S, seed=0, tick=lambda: None):
     seconds = {"likelihood": time.perf_counter() - began}
     generator = torch.Generator(x.device).manual_seed(seed)
     statistics, arrays = latent_statistics(model, x, generator)
-    arrays |= pictures(model, x, generator)
+    arrays |= pictures(model, data, generator)
     if model.config.prior == "vamp":
         arrays |= pseudo_pictures(model, arrays["component_use"], generator)
+    if arrays["latent_means"].shape[1] == 2:
+        arrays |= plane(model, arrays["latent_means"])
+    statistics |= classify(model, data, generator)
     seconds["all"] = time.perf_counter() - began
     metrics = {"model": model.config.model, "prior": model.config.prior, "label": label(model.config),
                "dataset": data.name, "note": data.note, "binarize": data.binarize, "samples": S,
@@ -292,6 +385,9 @@ def main(argv=None):
     metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
                 if name in model.extra}
     metrics["trained_in"] = model.extra["run"]["args"].get("precision", "float32")
+    if film := model.extra.get("film"):
+        frames = torch.stack([*film.values()]).cpu().numpy()
+        arrays |= {"film": frames.astype("float32") / 255, "film_epochs": np.array([*film])}
     metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

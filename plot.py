@@ -39,6 +39,7 @@ NATS = "nats per image"
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 ACTIVE = 0.01           # variance of the posterior mean over the images, Burda et al. (2016)
 SHOWN = 6000            # points in a latent space; more hide each other
+EMBEDDED = 3000         # of them t-SNE, whose time grows fast
 MARGIN = {"fontsize": 6.5, "color": "0.4"}
 
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")    # one model
@@ -87,6 +88,18 @@ def read_arrays(path, m):
         shapes |= {"latent_means": (N, D)} | ({"labels": (N,)} if "labels" in arrays else {})
         if m["prior"] != "standard":
             shapes |= {"component_mu": (K, D), "component_use": (K,)}
+        shapes |= {"walks": (*arrays["walks"].shape[:2], size), "sample_distance": (len(
+            arrays["neighbours"]),), "neighbours": (len(arrays["sample_distance"]), size),
+            "reconstruction_distance": (n,)}
+        if m["model"] == "hvae":
+            shapes["shared_z2"] = (*arrays["shared_z2"].shape[:2], size)
+        if "film" in arrays:
+            shapes |= {"film": (*(frames := arrays["film"].shape[:2]), size),
+                       "film_epochs": frames[:1]}
+        if D == 2:
+            points, tiles = (len(arrays[f"plane_{name}"]) for name in ("log_prior", "images"))
+            shapes |= {"plane_box": (4,), "plane_log_prior": (points, points),
+                       "plane_images": (tiles, tiles, size), "plane_image_log_prior": (tiles, tiles)}
         if m["prior"] == "vamp":
             shapes |= {"pseudo_use": (p,), "pseudo_inputs": (p, size), "pseudo_samples": (p, size)}
         for name, shape in shapes.items():
@@ -155,9 +168,14 @@ def panels(rows, columns, width, height, runs, title=None):
     return fig, fig.subplots(rows, columns, squeeze=False).ravel()
 
 
+def images_of(run, rows):
+    """(n, h, w) images of rows (n, h * w)."""
+    return rows.astype(float).reshape(-1, *run.arrays["image_shape"])
+
+
 def pictures(run, name, limit, columns):
     """(n, h, w) images of an array, `limit` at most; of several rows only full ones are kept."""
-    images = run.arrays[name][:limit].astype(float).reshape(-1, *run.arrays["image_shape"])
+    images = images_of(run, run.arrays[name][:limit])
     return images[:max(columns, len(images) - len(images) % columns)]
 
 
@@ -216,6 +234,21 @@ def draw_pseudo_inputs(run):
              f"{m['components_used'] / m['components']:.0%} of all in use")
     return image_grid([[("pseudo-input", a[i:i + 20]), ("generates", b[i:i + 20])]
                        for i in range(0, len(a), 20)], title, [run], 20)
+
+
+def draw_film(run):
+    """The same pseudo-inputs in the course of training, a row per recorded epoch."""
+    strips = [(f"epoch {epoch}", images_of(run, frame))
+              for epoch, frame in zip(run.arrays["film_epochs"], run.arrays["film"])]
+    return image_grid([strips], f"{run.label}: pseudo-inputs in the course of training", [run])
+
+
+def draw_shared_z2(run):
+    """Samples in rows that share one draw of z2: what varies in a row is z1's."""
+    strips = [(f"z2, draw {i}", images_of(run, row))
+              for i, row in enumerate(run.arrays["shared_z2"], 1)]
+    return image_grid([strips], f"{run.label}: each row has one z2 from the prior and draws of z1 "
+                      "from p(z1 | z2)", [run])
 
 
 def draw_curves(run):
@@ -284,6 +317,29 @@ def draw_samples(runs):
     shown = 64 if len(runs) == 1 else 32
     return image_grid([[(run.label, pictures(run, "samples", shown, 16))] for run in runs],
                       "Samples from the prior", runs)
+
+
+def draw_walks(runs):
+    """Straight ways between the latent means of two test images, a row per model."""
+    blocks = [[(run.label, images_of(run, run.arrays["walks"][i])) for run in runs
+               if i < len(run.arrays["walks"])]
+              for i in range(max(len(run.arrays["walks"]) for run in runs))]
+    return image_grid(blocks, "From one test image to another: what lies on the straight way "
+                      "between their latent means", runs)
+
+
+def draw_neighbours(runs):
+    """Samples above the training images nearest to them."""
+    blocks = []
+    for run in runs:
+        n = len(run.arrays["neighbours"])
+        far, usual = (np.median(run.arrays[f"{name}_distance"])
+                      for name in ("sample", "reconstruction"))
+        blocks.append([(run.label, images_of(run, run.arrays["samples"][:n])),
+                       (f"nearest, median distance {far:.1f}\n(of reconstructions {usual:.1f})",
+                        images_of(run, run.arrays["neighbours"]))])
+    return image_grid(blocks, "Samples above the training images nearest to them (Euclidean distance "
+                      "of grey values; for comparison, of reconstructed test images)", runs)
 
 
 def draw_tradeoff(runs):
@@ -378,13 +434,27 @@ def draw_active_units(runs):
     return fig
 
 
+def scatter_codes(ax, run, points, legend):
+    """The codes (N, 2) of the first test images, coloured by class; fills {class: handle}."""
+    labels = run.arrays.get("labels", np.zeros(len(points)))
+    classes, color = np.unique(labels, return_inverse=True)
+    points, color = points[:SHOWN], color[:min(SHOWN, len(points))]
+    tab10 = matplotlib.colormaps["tab10"]
+    ax.scatter(*points.T, s=3, lw=0, alpha=0.75, c=tab10(color % 10))
+    if 1 < len(classes) <= 20:
+        legend |= {str(c): ax.scatter([], [], s=22, color=tab10(i % 10))
+                   for i, c in enumerate(classes)}
+
+
 def draw_latents(runs):
-    """Posterior means, coloured by class, and the prior on the two main axes of the means."""
+    """Posterior means, coloured by class, and the prior: its density if all models have two latents,
+    else its components on the two main axes of the means."""
+    if all("plane_box" in run.arrays for run in runs):
+        return draw_planes(runs)
     columns = min(len(runs), 4 if len(runs) % 3 else 3)
     rows, size = -(-len(runs) // columns), 5 if len(runs) == 1 else 3
     fig, panes = panels(rows, columns, size * columns, size * rows + 0.9, runs)
-    tab10, legend = matplotlib.colormaps["tab10"], {}
-    ring = {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
+    legend, ring = {}, {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
     for ax, run in zip(panes, runs):
         z, (*_, top) = run.arrays["latent_means"].astype(float), run.metrics["latent_dims"]
         centre = z.mean(0)
@@ -392,12 +462,7 @@ def draw_latents(runs):
         share = np.append(s, 0) / max(s.sum(), 1e-12)
         # orthonormal, so N(0, I) stays round; a latent space of one dimension becomes a line
         plane = np.pad(axes[:2], ((0, 2 - len(axes[:2])), (0, 0))).T
-        classes, color = np.unique(run.arrays.get("labels", np.zeros(len(z))), return_inverse=True)
-        ax.scatter(*((z[:SHOWN] - centre) @ plane).T, s=3, lw=0, alpha=0.75,
-                   c=tab10(color[:SHOWN] % 10))
-        if 1 < len(classes) <= 20:
-            legend |= {str(c): ax.scatter([], [], s=22, color=tab10(i % 10))
-                       for i, c in enumerate(classes)}
+        scatter_codes(ax, run, (z - centre) @ plane, legend)
         if "component_mu" in run.arrays:
             use = run.arrays["component_use"]
             most = np.argsort(-use)[:1000]
@@ -418,26 +483,83 @@ def draw_latents(runs):
     return fig
 
 
+def draw_tsne(runs):
+    """Posterior means laid out by t-SNE (van der Maaten and Hinton, 2008), coloured by class."""
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError:
+        raise ValueError("--tsne needs scikit-learn, which is not in requirements.txt: python -m pip "
+                         "install scikit-learn") from None
+    fig, panes = panels(1, len(runs), 3 * len(runs), 3.8, runs)
+    legend = {}
+    for ax, run in zip(panes, runs):
+        z = run.arrays["latent_means"][:EMBEDDED]
+        perplexity = min(30, max(1, len(z) // 4))
+        points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(z)
+        scatter_codes(ax, run, points, legend)
+        ax.set(title=f"{run.label}\nt-SNE of {len(z):,} posterior means", xticks=[], yticks=[],
+               xlabel="axes have no unit, distances between groups no meaning")
+    fig.legend(legend.values(), legend, loc="outside upper center", ncols=10)
+    return fig
+
+
+def draw_planes(runs):
+    """Of models with two latents: the prior's log density with the codes on it, the same levels for
+    all; beneath or beside it what the points of that plane generate."""
+    side, n = len(runs) == 1, len(runs)
+    fig, panes = panels(*((1, 2, 9, 4.4) if side else (2, n, 3.2 * n + 0.8, 7.4)), runs)
+    top = max(run.arrays["plane_log_prior"].max() for run in runs)
+    levels, legend = math.ceil(top) - np.arange(12, -0.5, -1), {}
+    for density, grid, run in zip(panes, panes[n:], runs):
+        x0, y0, x1, y1 = box = run.arrays["plane_box"].astype(float)
+        values = run.arrays["plane_log_prior"].astype(float)
+        at = [np.linspace(*ends, len(values)) for ends in ((x0, x1), (y0, y1))]
+        shade = density.contourf(*at, values, levels, cmap="Greys", extend="min", alpha=0.7)
+        density.contour(*at, values, levels[::2], colors="0.35", linewidths=0.35, linestyles="-")
+        scatter_codes(density, run, run.arrays["latent_means"], legend)
+        elbo = run.metrics["elbo"]
+        density.set_title(f"{run.label}\nELBO {elbo['mean']:.2f} ± {elbo['se']:.2f}")
+        tiles, (h, w) = run.arrays["plane_images"].astype(float), run.arrays["image_shape"]
+        # whole where the prior is denser than an even spread over the square, else fainter
+        share = np.exp(run.arrays["plane_image_log_prior"]) * (x1 - x0) * (y1 - y0)
+        tiles = tiles.reshape(*tiles.shape[:2], h, w) * np.minimum(1, share)[..., None, None]
+        canvas = 1 - tiles[::-1].transpose(0, 2, 1, 3).reshape(len(tiles) * h, -1)
+        grid.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=box[[0, 2, 1, 3]])
+        grid.set_title("what the plane generates,\nfainter where the prior is thin")
+        for ax in (density, grid):
+            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+    fig.colorbar(shade, ax=[*panes] if side else [*panes[:n]], shrink=0.8,
+                 label="log p(z), nats" + "; the same levels for all" * (not side))
+    fig.legend(legend.values(), legend, loc="outside upper center", ncols=10,
+               title="points: posterior means of test images, coloured by class")
+    return fig
+
+
 # The last of each is what make waits for: when it stands, all stand.
 MODEL_FIGURES = {
     "reconstructions": draw_reconstructions, "samples": lambda run: draw_samples([run]),
-    "pseudo_inputs": draw_pseudo_inputs, "latent": lambda run: draw_latents([run]),
-    "likelihood": draw_likelihood, "kl": draw_kl, "curves": draw_curves}
+    "pseudo_inputs": draw_pseudo_inputs, "film": draw_film, "shared_z2": draw_shared_z2,
+    "latent": lambda run: draw_latents([run]), "likelihood": draw_likelihood, "kl": draw_kl, "curves": draw_curves}
 COMPARISON_FIGURES = {
     "comparison": draw_comparison, "tradeoff": draw_tradeoff, "dynamics": draw_dynamics,
-    "active_units": draw_active_units, "latents": draw_latents, "samples": draw_samples}
+    "active_units": draw_active_units, "latents": draw_latents,
+    "walks": draw_walks, "neighbours": draw_neighbours, "samples": draw_samples}
 
 
 @files.command
 def main(argv=None):
     parser = files.Parser(__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder of one evaluated model, or of several")
+    parser.add_argument("--tsne", action="store_true",
+                        help="draw t-SNE of the latent means too; needs scikit-learn")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these, in this order")
     args = parser.parse_args(argv)
     one = (args.run / "metrics.json").exists() and not args.models
     runs = read_runs([args.run] if one else [*find_models(args.run, args.models).values()])
     figures = {name: draw for name, draw in (MODEL_FIGURES if one else COMPARISON_FIGURES).items()
-               if name != "pseudo_inputs" or name in runs[0].arrays}
+               if name not in ("pseudo_inputs", "film", "shared_z2") or name in runs[0].arrays}
+    if args.tsne:
+        figures = {"tsne": (lambda run: draw_tsne([run])) if one else draw_tsne} | figures
     for name, draw in figures.items():
         buffer = io.BytesIO()
         draw(runs[0] if one else runs).savefig(buffer, format="png")

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -189,8 +190,8 @@ def test_marginals_are_those_of_the_mixture_or_of_the_layers_gaussian():
 def test_pictures_show_what_they_are_named_for(whole):
     model, data, _ = evaluate.load_run(whole)
     x, use = data.test[:7], torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2, 0.0])
-    got = evaluate.pictures(model, x, seeded(1), n=5) | evaluate.pseudo_pictures(
-        model, use, seeded(2), n=3)
+    got = evaluate.pictures(model, replace(data, test=x), seeded(1), n=5)
+    got |= evaluate.pseudo_pictures(model, use, seeded(2), n=3)
     assert torch.equal(got["images"], datasets.pixels(x[:5]))
     with torch.no_grad():
         assert torch.equal(got["reconstructions"], model.reconstruct(got["images"]))
@@ -200,6 +201,81 @@ def test_pictures_show_what_they_are_named_for(whole):
         mu, logvar = (part[[1, 3, 4]] for part in model.prior.components())
         z = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=seeded(2))
         assert torch.equal(got["pseudo_samples"], model.generate(z))
+    for name in ("samples", "reconstructions"):     # distances to all training images, plainly
+        far = (got[name][:16, None] - datasets.pixels(data.train)).square().sum(-1).sqrt().min(1)
+        torch.testing.assert_close(got[f"{name[:-1]}_distance"], far[0])
+        if name == "samples":
+            assert torch.equal(got["neighbours"], datasets.pixels(data.train)[far[1]])
+
+
+@pytest.mark.parametrize("kind", ["whole", "hwhole"])
+def test_a_walk_leads_from_one_reconstruction_to_the_other(kind, request):
+    model, data, _ = evaluate.load_run(request.getfixturevalue(kind))
+    images = datasets.pixels(data.test[:7])
+    with torch.no_grad():
+        got, ends = evaluate.walks(model, images), model.reconstruct(images)
+    assert got.shape == (3, 12, images.shape[1]) and len(evaluate.walks(model, images[:1])) == 0
+    torch.testing.assert_close(got[:, [0, -1]].flatten(0, 1), ends[:6])
+    assert (got[:, 1:] - got[:, :-1]).abs().amax((1, 2)).min() > 0
+
+
+def test_samples_share_a_z2_and_not_their_z1(hwhole, monkeypatch):
+    model, data, _ = evaluate.load_run(hwhole)
+    seen, generate = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda z2, g: seen.append(z2) or generate(z2, g))
+    images = evaluate.pictures(model, data, seeded(1))["shared_z2"]
+    z2 = seen[-1].view(6, 12, -1)
+    assert (z2 == z2[:, :1]).all() and len(z2[:, 0].unique(dim=0)) == 6
+    assert all(len(row.unique(dim=0)) == 12 for row in images)
+
+
+def test_the_plane_is_the_priors_density_and_its_images():
+    """A prior of one narrow Gaussian at (1, -2), and a decoder whose first pixel shows z's first."""
+    mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[-2.0, -4.0]])
+    model = models.build(models.Config("vae", "standard", 9, 4, 2))
+    model.prior = models.MixturePrior(mu, logvar)
+    model.generate = lambda z, generator: z.repeat(1, 4)[:, :9] if len(z) else z
+    means = torch.rand(500, 2, generator=seeded(0)) * torch.tensor([2.0, 6.0]) - torch.tensor([0., 5])
+    a = evaluate.plane(model, means, points=101, images=8)
+    x0, y0, x1, y1 = a["plane_box"].tolist()
+    inside = ((means >= a["plane_box"][:2]) & (means <= a["plane_box"][2:])).all(1)
+    assert x1 - x0 == pytest.approx(y1 - y0) and inside.float().mean() > 0.97
+    xs, ys = torch.linspace(x0, x1, 101), torch.linspace(y0, y1, 101)
+    exact = torch.distributions.Normal(mu[0], (logvar[0] / 2).exp())
+    wanted = exact.log_prob(torch.stack(torch.meshgrid(xs, ys, indexing="xy"), -1)).sum(-1)
+    torch.testing.assert_close(a["plane_log_prior"], wanted, rtol=1e-4, atol=1e-3)
+    z = a["plane_images"][..., :2]      # the middles of 8 x 8 cells, row 0 at the bottom
+    cell = (x1 - x0) / 8
+    torch.testing.assert_close(z[2, 5], torch.tensor([x0 + 5.5 * cell, y0 + 2.5 * cell]))
+    torch.testing.assert_close(a["plane_image_log_prior"], exact.log_prob(z).sum(-1),
+                               rtol=1e-4, atol=1e-3)
+
+
+def test_accuracies_of_codes_that_hold_the_label_and_of_codes_that_do_not():
+    """Three classes with the names 5, 7 and 9. The means hold: all; one of three; a ring around the
+    others, which no straight line cuts out; nothing."""
+    x = torch.eye(9)[torch.arange(900) % 3].mul(255).to(torch.uint8)
+    noise = torch.rand(len(x), 4, generator=seeded(0)) - 0.5
+    angle = 2 * math.pi * noise[:, 0]
+    place = {"all": torch.tensor([[0.0, 0], [90, 0], [0, 0.9]])[torch.arange(900) % 3],
+             "one": torch.tensor([[0.0, 0], [0, 0], [9, 0]])[torch.arange(900) % 3],
+             "ring": torch.stack([angle.cos(), angle.sin()], 1) * (torch.arange(900) % 3)[:, None],
+             "nothing": torch.zeros(900, 2)}
+    found = {}
+    for name, mean in place.items():
+        mean = torch.cat([mean, torch.zeros(900, 2)], 1) + 0.02 * noise
+        model = known_model(lambda x: (mean, mean))
+        model.latents = lambda part, mean=mean: {"z": (mean[:600] if len(part) == 600
+                                                       else mean[600:], None, None)}
+        labels = 5 + 2 * (torch.arange(900) % 3)
+        data = datasets.Data("", "", (3, 3), x[:600], x[:0], x[600:], labels[:600], None,
+                             labels[600:], "dynamic")
+        found[name] = evaluate.classify(model, data, seeded(1))
+    assert found["all"] == {"knn_accuracy": 1, "probe_accuracy": 1}
+    for name, knn, probe in (("one", 2 / 3, 2 / 3), ("ring", 1, 0.5), ("nothing", 1 / 3, 1 / 3)):
+        assert found[name]["knn_accuracy"] == pytest.approx(knn, abs=0.09), name
+        assert found[name]["probe_accuracy"] == pytest.approx(probe, abs=0.2), name
+    assert evaluate.classify(model, replace(data, test_labels=None), seeded(1)) == {}
 
 
 # ---------------------------------------------------------------------------------- the record
@@ -217,7 +293,9 @@ def test_metrics_are_means_over_images_with_standard_errors(kind, request, tmp_p
     assert m["nll"]["mean"] <= -m["elbo"]["mean"]
     assert m["images"] == len(a["labels"]) == 12 and m["samples"] == 20
     assert {"seed", "seconds", "device", "versions", "model_sha256", "epochs", "best_epoch",
-            "train_seconds", "components_used"} <= m.keys()
+            "train_seconds", "components_used", "probe_accuracy", "knn_accuracy"} <= m.keys()
+    assert a["film"].shape == (len(a["film_epochs"]), 6, 64) and {0, 1} <= {*a["film_epochs"]}
+    assert set(np.unique(a["film"][0])) == {0, 1}       # training images, binarised
     assert not {"mutual_information", "marginal_kl"} & m.keys()     # they sit at log N: say nothing
     again, _ = evaluated(tmp_path / "run")
     assert again | {"seconds": 0} == m | {"seconds": 0}

@@ -53,7 +53,8 @@ def test_make_trains_evaluates_and_draws_all(made):
         assert ("pseudo_inputs.png" in found) == (name != "vae")
         assert len(rows(folder / name)) == 4
     assert {p.stem for p in folder.glob("*.png")} == {
-        "comparison", "samples", "tradeoff", "dynamics", "active_units", "latents"}
+        "comparison", "samples", "tradeoff", "dynamics", "active_units", "latents", "walks",
+        "neighbours"}
     assert "| Model | Recon | KL | ELBO | NLL |" in (folder / "comparison.md").read_text()
     assert {p.name for p in folder.parent.iterdir()} == {"run", "latest"}
     assert (folder.parent / "latest").resolve() == folder

@@ -2,6 +2,7 @@
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,20 @@ def fake_run(folder, N=60, D=7, K=30, images=40, epochs=12, **changes):
     (folder / "config.json").write_text(json.dumps({"args": {"model": model, "prior": prior}}))
     use, k = rng.dirichlet(np.ones(K)), min(K, 40)
     sizes = {"images": images, "reconstructions": images, "samples": 64, "pseudo_inputs": k,
-             "pseudo_samples": k}
+             "pseudo_samples": k, "walks": 36, "neighbours": 16, "film": 80, "shared_z2": 72}
+    shape = {"walks": (3, 12, 20), "film": (5, 16, 20), "shared_z2": (6, 12, 20)}
+    plane = {"plane_box": [-2, -4, 6, 4], "plane_log_prior": rng.normal(-4, 1, (30, 30)),
+             "plane_image_log_prior": rng.normal(-4, 1, (4, 4)),
+             "plane_images": rng.uniform(0.1, 0.9, (4, 4, 20))} if D == 2 else {}
     np.savez(folder / "arrays.npz", image_shape=[5, 4], labels=np.arange(N) % 10,
              log_px=rng.normal(-82, 12, N), component_use=use, pseudo_use=np.sort(use)[::-1][:k],
              component_mu=rng.normal(3, 2, (K, D)),
              latent_means=rng.normal(3, 1, (N, D)) * np.linspace(1, 3, D),
-             **{name: rng.uniform(0, 0.9, (n, 20)) for name, n in sizes.items()},   # never white
+             **{name: rng.uniform(0, 0.9, (n, 20)).reshape(shape.get(name, (n, 20)))   # never white
+                for name, n in sizes.items() if name not in ("film", "shared_z2")
+                or name == {"vamp": "film"}.get(prior) or name == "shared_z2" and model == "hvae"},
+             sample_distance=rng.uniform(4, 6, 16), film_epochs=[0, 1, 2, 5, 10],
+             reconstruction_distance=rng.uniform(3, 4, images), **plane,
              **{f"variance_{z}": rng.permutation(10 ** np.linspace(-4.5, 0, D)) for z in layers},
              **{f"kl_per_dim_{z}": rng.permutation(np.linspace(0.1, 3, D)) for z in layers})
     log = {"epoch": np.arange(1, epochs + 1), "clipped": [""] * epochs,
@@ -77,7 +86,7 @@ def tiles(fig):
 
 
 def same(grid, run, name, n):
-    return np.array_equal(grid.reshape(-1, 20), run.arrays[name][:n])
+    return np.array_equal(grid.reshape(-1, 20), run.arrays[name].reshape(-1, 20)[:n])
 
 
 def curves(ax):
@@ -113,6 +122,73 @@ def test_pictures_of_all_models(runs):
     grid, names = tiles(plot.COMPARISON_FIGURES["samples"](runs))
     assert names == [*LABELS.values()]
     assert all(same(two, run, "samples", 32) for two, run in zip(np.split(grid, 5), runs))
+
+
+def test_pictures_of_the_course_of_training_and_of_both_layers(runs):
+    vamp, hvamp = (run for run in runs if run.metrics["prior"] == "vamp")
+    grid, names = tiles(plot.MODEL_FIGURES["film"](vamp))
+    assert same(grid, vamp, "film", 80) and names == [f"epoch {i}" for i in (0, 1, 2, 5, 10)]
+    grid, names = tiles(plot.MODEL_FIGURES["shared_z2"](hvamp))
+    assert same(grid, hvamp, "shared_z2", 72) and names == [f"z2, draw {i}" for i in range(1, 7)]
+
+
+def test_pictures_of_walks_and_of_neighbours(runs):
+    grid, names = tiles(plot.COMPARISON_FIGURES["walks"](runs))
+    assert names == [*LABELS.values()] * 3
+    for i, run in enumerate(runs):
+        assert np.array_equal(grid[i::5].reshape(36, 20), run.arrays["walks"].reshape(36, 20))
+    grid, names = tiles(plot.COMPARISON_FIGURES["neighbours"](runs))
+    for i, run in enumerate(runs):
+        assert same(grid[2 * i], run, "samples", 16) and same(grid[2 * i + 1], run, "neighbours", 16)
+        far, usual = (np.median(run.arrays[f"{name}_distance"])
+                      for name in ("sample", "reconstruction"))
+        assert names[2 * i] == run.label and f"median distance {far:.1f}" in names[2 * i + 1]
+        assert f"(of reconstructions {usual:.1f})" in names[2 * i + 1]
+
+
+def test_two_latents_are_drawn_as_a_plane(tmp_path):
+    folders = [fake_run(tmp_path / name, D=2) for name in ("vae", "vamp")]
+    runs = plot.read_runs(folders)
+    panes = plot.COMPARISON_FIGURES["latents"](runs).axes
+    shades = []
+    for density, grid, run in zip(panes[:2], panes[2:4], runs):
+        x0, y0, x1, y1 = run.arrays["plane_box"]
+        assert density.get_title() == f"{run.label}\nELBO -85.00 ± 0.23"
+        assert density.get_xlim() == grid.get_xlim() == (x0, x1)
+        assert density.get_ylim() == grid.get_ylim() == (y0, y1)
+        shade, lines, codes = density.collections[:3]
+        shades.append(shade.levels)
+        assert set(lines.levels) <= set(shade.levels)
+        np.testing.assert_allclose(codes.get_offsets(), run.arrays["latent_means"])
+        canvas, n = 1 - np.asarray(grid.images[0].get_array()), 4
+        for row, column in ((0, 0), (1, 3)):        # row 0 is at the bottom
+            weight = min(1, 64 * np.exp(run.arrays["plane_image_log_prior"][row, column]))
+            tile = canvas[(n - 1 - row) * 5:(n - row) * 5, column * 4:column * 4 + 4]
+            np.testing.assert_allclose(tile.ravel(), weight * run.arrays["plane_images"][row, column])
+    assert np.array_equal(*shades)
+    assert len(plot.MODEL_FIGURES["latent"](runs[0]).axes) == 3     # and the scale
+    assert "principal" in plot.draw_latents([runs[0], *plot.read_runs(
+        [fake_run(tmp_path / "mog")])]).axes[0].get_xlabel()        # not all have two latents
+
+
+def test_tsne_is_drawn_when_asked_for_and_its_library_is_there(tmp_path, monkeypatch, capsys):
+    fake_run(tmp_path / "vamp")
+
+    class TSNE:
+        def __init__(self, **options):
+            assert options["random_state"] == 0     # the same picture each time
+
+        def fit_transform(self, z):
+            return 7 * z[:, :2]
+    monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", types.SimpleNamespace(TSNE=TSNE))
+    assert plot.main([str(tmp_path), "--tsne"]) == 0 and (tmp_path / "tsne.png").exists()
+    run, = plot.read_runs([tmp_path / "vamp"])
+    points = plot.draw_tsne([run]).axes[0].collections[0].get_offsets()
+    np.testing.assert_allclose(points, 7 * run.arrays["latent_means"][:, :2])
+    monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
+    assert plot.main([str(tmp_path), "--tsne"]) == 2
+    assert "pip install scikit-learn" in capsys.readouterr().err
 
 
 def test_latents_are_drawn_on_the_principal_axes(runs):
@@ -242,7 +318,7 @@ def test_every_figure_is_written_of_extreme_runs_too(tmp_path, extremes):
             plot.MODEL_FIGURES, plot.MODEL_FIGURES, plot.COMPARISON_FIGURES)):
         assert plot.main([str(folder)]) == 0
         found = [p.stem for p in sorted(folder.glob("*.png"), key=lambda p: p.stat().st_mtime_ns)]
-        assert found == [name for name in figures if folder.name != "vae" or name[0] != "p"]
+        assert found == [name for name in figures if folder.name != "vae" or name[:2] not in ("ps", "fi", "sh")]
         assert found[-1] in ("samples", "curves")       # what make waits for
     run = plot.read_runs(folders)[0]
     for fig in [draw(run) for draw in plot.MODEL_FIGURES.values()] + [

@@ -75,6 +75,8 @@ def assert_same_run(a, b):
     for (name, p), (_, q) in zip(one.state_dict().items(), two.state_dict().items(), strict=True):
         assert torch.equal(p, q), name
     assert one.extra["best_epoch"] == two.extra["best_epoch"]
+    films = one.extra["film"], two.extra["film"]
+    assert [*films[0]] == [*films[1]] and all(map(torch.equal, *(f.values() for f in films)))
 
 
 @pytest.fixture(scope="session")
@@ -259,6 +261,16 @@ def test_resumed_run_equals_an_uninterrupted_one(model, prior, digits, tmp_path,
         die_in_epoch(last + 1, tmp_path / "b", digits, monkeypatch, "--resume", *flags)
     fit(tmp_path / "b", digits, *flags, "--resume")
     assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_film_shows_pseudo_inputs_at_chosen_epochs(digits, tmp_path):
+    film = load(fit(tmp_path / "a", digits, "--epochs", 11) / "model.pt").extra["film"]
+    assert [*film] == [0, 1, 2, 5, 10, 11]
+    last = files.load(tmp_path / "a" / "last.pt")["average"]["prior.u"][:train.FILMED]
+    assert torch.equal(film[11], (255 * last).round().byte())
+    assert set(film[0].unique().tolist()) == {0, 255}       # training images, binarised
+    standard = fit(tmp_path / "b", digits, "--prior", "standard")
+    assert load(standard / "model.pt").extra["film"] == {}
 
 
 class Killed(BaseException):

@@ -35,6 +35,9 @@ COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val
 WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
 
 
+FILMED = 16         # pseudo-inputs whose course over the epochs is kept for a figure
+
+
 class Diverged(Exception):
     """The loss is not finite, or far worse than that of the mean image."""
 
@@ -218,16 +221,24 @@ class Run:
     best: dict = dataclasses.field(default_factory=dict)        # the average's weights at its best
     best_epoch: int = 0
     best_elbo: float = -math.inf
+    film: dict = dataclasses.field(default_factory=dict)        # epoch: some pseudo-inputs, uint8
 
     def progress(self):
         """What a resumed run needs besides weights and moments."""
         return {name: getattr(self, name) for name in
-                ("epoch", "history", "best", "best_epoch", "best_elbo")}
+                ("epoch", "history", "best", "best_epoch", "best_elbo", "film")}
 
     def save(self, path):
         files.save(path, self.progress() | {
             "model": self.model.state_dict(), "average": self.average.state_dict(),
             "optimizer": [self.optimizer.state[p] for p in self.model.parameters()]})
+
+    def shoot(self, last):
+        """Keeps a frame of the film at epochs 0, 1, 2, 5, 10, 20, 50, ... and the schedule's last."""
+        if self.model.config.prior == "vamp" and (
+                self.epoch in (0, last) or str(self.epoch).rstrip("0") in ("1", "2", "5")):
+            u = self.average.prior.pseudo_inputs()[:FILMED].detach()
+            self.film[self.epoch] = (255 * u).round().to(torch.uint8).cpu()
 
     def restore(self, path, device):
         """Goes back to the end of the epoch that last.pt holds. ValueError if it does not fit."""
@@ -367,6 +378,8 @@ def fit(run, args, data, out):
     """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
     floor = 2 * mean_image_elbo(data) - data.train.shape[1]
     steps = -(-len(data.train) // args.batch_size)
+    if not run.epoch:
+        run.shoot(args.epochs)
     bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
     with bar:
         while run.epoch < args.epochs and (
@@ -383,6 +396,7 @@ def fit(run, args, data, out):
                 run.best = {k: v.clone() for k, v in run.average.state_dict().items()}
             row["seconds"] = time.perf_counter() - began
             run.history.append(row)
+            run.shoot(args.epochs)
             run.save(out / "last.pt")
             write_log(out / "log.csv", run.history)
             bar.set_postfix_str(f"epoch {run.epoch}/{args.epochs}, val ELBO {row['val_elbo']:.2f}",
@@ -414,7 +428,7 @@ def train(args):
 
     def keep(path):
         files.save_model(path, run.model, run.best, run=settings, epochs=run.epoch,
-                         best_epoch=run.best_epoch, train_seconds=seconds(run))
+                         best_epoch=run.best_epoch, train_seconds=seconds(run), film=run.film)
     try:
         fit(run, args, data, out)
     except Diverged as error:
