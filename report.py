@@ -272,7 +272,7 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
 # Every claim below is of this run, and of one model over another only beyond two standard errors.
 
 
-def gap(a, b, key):
+def distance(a, b, key):
     """How far apart two runs' means of a quantity lie, and two standard errors of that."""
     a, b = a.metrics[key], b.metrics[key]
     return abs(a["mean"] - b["mean"]), 2 * math.hypot(a["se"], b["se"])
@@ -294,16 +294,17 @@ def lead(runs, key):
     what = plot.PARTS.get(key, key.upper())
     if not comparable(runs):
         return f"Test {what}: {each(runs, lambda run: stat(run.metrics, key))} nats per image."
-    first, second, *_ = sorted(runs, key=lambda run: run.metrics[key]["mean"],
-                               reverse=BETTER[key] is max)
-    far, error = gap(first, second, key)
+    first, *rest = sorted(runs, key=lambda run: run.metrics[key]["mean"],
+                          reverse=BETTER[key] is max)
+    # the rival that is hardest to tell from it, which with a large error need not be the next
+    (far, error), rival = min(((distance(first, run, key), run) for run in rest),
+                              key=lambda pair: pair[0][0] - pair[0][1])
     if far > error:
         return (f"{first.label} has the best test {what}, {stat(first.metrics, key)} nats, "
-                f"{far:.2f} ahead of {second.label}: more than two standard errors of the "
+                f"{far:.2f} ahead of {rival.label}: more than two standard errors of the "
                 f"difference ({error:.2f}).")
-    values = each([first, second], lambda run: stat(run.metrics, key))
-    return (f"The two best test values of the {what}, {values}, are {far:.2f} nats apart: within "
-            f"two standard errors of the difference ({error:.2f}), so neither is ahead.")
+    return (f"{first.label} and {rival.label} are {far:.2f} nats apart in test {what}: within two "
+            f"standard errors of the difference ({error:.2f}), so neither is ahead.")
 
 
 def prior_lines(runs):
@@ -312,7 +313,7 @@ def prior_lines(runs):
     for plain in (run for run in runs if run.metrics["prior"] == "standard"):
         for vamp in (run for run in runs if run.metrics["prior"] == "vamp"):
             if plain.metrics["model"] == vamp.metrics["model"] and comparable([plain, vamp]):
-                far, error = gap(plain, vamp, "nll")
+                far, error = distance(plain, vamp, "nll")
                 lower = vamp.metrics["nll"]["mean"] < plain.metrics["nll"]["mean"]
                 how = (f"{'lower (better)' if lower else 'higher (worse)'} by {far:.2f} nats than "
                        f"that of {plain.label}, more than" if far > error else
