@@ -406,7 +406,7 @@ COMPARED = {
     "tradeoff": ("Reconstruction against KL", "Up and to the left is better; along a grey line "
                  "the ELBO is the same.", lambda runs: lead(runs, "elbo")),
     "active_units": ("Variance of the posterior means per latent unit, and KL per layer",
-                     "Units below the dashed line do not depend on the image.", activity)}
+                     "Units below the dashed line hardly depend on the image.", activity)}
 OF_MODEL = {
     "pseudo_inputs": ("Pseudo-inputs above what each generates", "Most used first.", most_used),
     "film": ("Pseudo-inputs over the epochs", "What training makes of the same pseudo-inputs.",
@@ -467,15 +467,15 @@ figcaption b { color: var(--ink); }
 .scroll { overflow-x: auto; }
 .picture { padding: .75rem; background: #fff; border: 1px solid var(--line); border-radius: 6px; }
 img { display: block; margin: auto; max-width: 100%; height: auto; }
-table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th:first-child { text-align: left; padding-left: 0; }
-.facts th, .facts td { text-align: left; vertical-align: top; white-space: normal; }
+table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: normal; }
+th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
+th:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
+.numbers td { min-width: 5.5rem; }
+.facts th, .facts td { text-align: left; vertical-align: top; }
 summary { cursor: pointer; font-weight: 600; padding: .6rem 0; }
-@media (max-width: 40rem) { th, td { padding: .4rem .5rem; } th { white-space: normal; }
-  table { font-size: .85rem; overflow-wrap: normal; } th:first-child { min-width: 6rem;
-  position: sticky; left: 0; background: var(--paper); } }
+@media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .4rem .5rem; }
+  th:first-child { white-space: normal; position: sticky; left: 0; background: var(--paper); } }
 </style>
 </head>
 <body>
@@ -537,11 +537,11 @@ def figure(path, runs, known):
     data, who = path.read_bytes(), ", ".join(run.label for run in runs)
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError(f"{path} is damaged: run plot.py again")
-    # drawn for 150 dots an inch; on a phone it keeps a width at which its text can be read
+    # drawn with 150 dots an inch; on a phone it shrinks no further than its text can be read
     width, height = (side * 3 // 4 for side in struct.unpack(">II", data[16:24]))
     alt = html.escape(f"{title}, of {who}; {plot.source(runs)}")
     image = (f'<img alt="{alt}" width="{width}" height="{height}" '
-             f'style="min-width: {min(width, 620)}px" '
+             f'style="min-width: {width * 3 // 5}px" '
              f'src="data:image/png;base64,{base64.b64encode(data).decode()}">')
     one = known is OF_MODEL
     text = " ".join([how, finding(runs[0] if one else runs)]).strip()

@@ -141,13 +141,15 @@ def test_refusals(tmp_path, monkeypatch, capsys, args, text, expected):
 
 
 # ------------------------------------------------------------------------------------- the page
-DOT = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAA"
-                       "BJRU5ErkJggg==")       # a picture of one pixel
+DOT = base64.b64decode(        # a picture of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5Erk"
+    "Jggg==")
 EVIL = "<script>alert(1)</script>&\"'</title><img src=http://a.b/c>"
 
 
 class Page(HTMLParser):
-    """A page's tags [(name, attributes)] and its visible text, a line a block."""
+    """A folder's page as made now: its tags [(name, attributes)] and its text, a line a block."""
+    BLOCKS = "p", "tr", "h1", "h2", "h3", "title", "figcaption", "summary"
 
     def __init__(self, folder, *more):
         super().__init__()
@@ -160,8 +162,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
 
     def handle_endtag(self, tag):
-        self.text += {"th": " | ", "td": " | "}.get(tag, "\n" if tag in ("p", "tr", "h1", "h2", "h3",
-                                                    "title", "figcaption", "summary") else "")
+        self.text += " | " if tag in ("th", "td") else "\n" * (tag in self.BLOCKS)
 
     def handle_data(self, data):
         self.text += "" if self.tags[-1:] == [("style", {})] else data
@@ -171,7 +172,7 @@ class Page(HTMLParser):
 
 
 def dots(folder, *names, **changes):
-    """Invented models, with a picture of one pixel for every figure that there can be; the folder."""
+    """A folder of invented models; every figure that there can be is a picture of one pixel."""
     for name in names:
         fake_run(folder / name, **changes.get(name, {}))
         unlike = {"vae": {"pseudo_inputs", "film", "shared_z2"}, "vamp": {"shared_z2"},
@@ -207,7 +208,8 @@ def test_page_is_one_file_that_shows_every_figure(drawn):
     targets = [link["href"][1:] for link in page.all("a")]
     assert targets == [s["id"] for s in page.all("section")] and len({*targets}) == len(targets)
     assert page.tags[0] == ("html", {"lang": "en"})
-    assert {"name": "viewport", "content": "width=device-width, initial-scale=1"} in page.all("meta")
+    viewport, = [meta for meta in page.all("meta") if meta.get("name") == "viewport"]
+    assert viewport["content"] == "width=device-width, initial-scale=1"
     assert len(page.all("h1")) == len(page.all("title")) == 1
     assert all(th["scope"] in ("row", "col") for th in page.all("th"))
     headings = re.findall(r"<h2>(.*?)</h2>", source)
@@ -227,8 +229,8 @@ def test_page_holds_what_was_run_and_the_tables(tmp_path):
                  "Seed | - | 7 |", "Training, minutes | 10.0 | 1.5 |", "Test images | 60 |",
                  "Epochs | 12; epoch 9 kept |", "Data | mnist |"):
         assert line in lines
-    table = [row[2:].replace("**", "") for row in markdown.splitlines() if row[:3] in ("| M", "| V",
-                                                                                      "| H")]
+    table = [row[2:].replace("**", "") for row in markdown.splitlines() if row[:2] == "| "
+             and "---" not in row]
     assert len(table) == 6 and {*table} <= {*lines}        # the page's tables are comparison.md's
     assert table[3].endswith("Linear probe | k-NN, k = 15 |")
     assert table[5].endswith("| 90.0 ± 3.9% | 96.0 ± 2.5% |")
@@ -253,7 +255,8 @@ def test_page_holds_what_was_run_and_the_tables(tmp_path):
     ({}, ["VAE + standard prior and VAE + VampPrior are 0.00 nats apart in test NLL: within two "
           "standard errors of the difference (0.62), so neither is ahead.",
           "The NLL of VAE + VampPrior is 0.00 nats from that of VAE + standard prior, within two",
-          "Active: 3 of 7 (VAE + standard prior, VAE + VampPrior)."], "best test|better\\)|worse\\)"),
+          "Active: 3 of 7 (VAE + standard prior, VAE + VampPrior)."],
+     "best test|better\\)|worse\\)"),
     ({"vamp": {"nll": stat(81.4, 0.22)}}, ["0.60 nats apart in test NLL: within two",
                                            "is 0.60 nats from that of"], "best test|lower \\("),
     ({"vamp": {"nll": stat(70, 0.2), "dataset": "mnist5k", "note": NOTE}},     # never compared
@@ -327,20 +330,24 @@ def test_page_in_a_browser(drawn, tmp_path, width):
     assert report.main([str(drawn)]) == 0
     page = (drawn / "report.html").read_text()
     (tmp_path / "frame.html").write_text(f"""<!doctype html><pre id="out"></pre>
-        <iframe id="f" style="border: 0; width: {width}px; height: 800px" srcdoc="{html.escape(page)}">
-        </iframe><script>f.onload = () => {{
+        <iframe id="f" style="border: 0; width: {width}px" srcdoc="{html.escape(page)}"></iframe>
+        <script>f.onload = () => {{
           const w = f.contentWindow, d = w.document, images = [...d.images];
           d.querySelectorAll("details").forEach(e => e.open = true);
-          out.textContent = JSON.stringify({{width: w.innerWidth, images: images.length,
-            scroll: d.documentElement.scrollWidth, loaded: w.performance.getEntriesByType("resource"),
+          out.textContent = JSON.stringify({{
+            width: w.innerWidth, scroll: d.documentElement.scrollWidth, images: images.length,
             missing: images.filter(i => !i.complete || !i.naturalWidth).length,
-            narrow: images.filter(i => i.clientWidth < 300).length}}); }}</script>""")
+            loaded: w.performance.getEntriesByType("resource").map(e => e.name),
+            wide: [...d.querySelectorAll(".picture")].filter(e => e.scrollWidth > e.clientWidth)
+              .length }}) }}</script>""")
     done = subprocess.run(
         ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
          "--enable-logging=stderr", "--window-size=1400,900", "--virtual-time-budget=5000",
          f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/frame.html"],
         capture_output=True, text=True, timeout=120)
     seen = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout)[1]))
+    # on a phone a figure keeps a legible width and scrolls in its box; else all fits
+    assert (seen.pop("wide") > 0) == (width == 390)
     assert seen == {"width": width, "scroll": width, "images": len([*drawn.rglob("*.png")]),
-                    "loaded": [], "missing": 0, "narrow": 0}
+                    "loaded": [], "missing": 0}
     assert "CONSOLE" not in done.stderr
