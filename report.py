@@ -272,12 +272,6 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
 # Every claim below is of this run, and of one model over another only beyond two standard errors.
 
 
-def distance(a, b, key):
-    """How far apart two runs' means of a quantity lie, and two standard errors of that."""
-    a, b = a.metrics[key], b.metrics[key]
-    return abs(a["mean"] - b["mean"]), 2 * math.hypot(a["se"], b["se"])
-
-
 def comparable(runs):
     """Whether these runs were measured alike, on images enough for a standard error."""
     return (len(runs) > 1 and len({plot.measured(run.metrics) for run in runs}) == 1
@@ -294,11 +288,14 @@ def lead(runs, key):
     what = plot.PARTS.get(key, key.upper())
     if not comparable(runs):
         return f"Test {what}: {each(runs, lambda run: stat(run.metrics, key))} nats per image."
+    def rivalry(run):
+        a, b = first.metrics[key], run.metrics[key]
+        return abs(a["mean"] - b["mean"]), 2 * math.hypot(a["se"], b["se"])
     first, *rest = sorted(runs, key=lambda run: run.metrics[key]["mean"],
                           reverse=BETTER[key] is max)
     # the rival that is hardest to tell from it, which with a large error need not be the next
-    (far, error), rival = min(((distance(first, run, key), run) for run in rest),
-                              key=lambda pair: pair[0][0] - pair[0][1])
+    rival = min(rest, key=lambda run: rivalry(run)[0] - rivalry(run)[1])
+    far, error = rivalry(rival)
     if far > error:
         return (f"{first.label} has the best test {what}, {stat(first.metrics, key)} nats, "
                 f"{far:.2f} ahead of {rival.label}: more than two standard errors of the "
@@ -309,17 +306,9 @@ def lead(runs, key):
 
 def prior_lines(runs):
     """What the VampPrior changes: its NLL beside N(0, I)'s, pair by pair, then the collapse."""
-    lines = []
-    for plain in (run for run in runs if run.metrics["prior"] == "standard"):
-        for vamp in (run for run in runs if run.metrics["prior"] == "vamp"):
-            if plain.metrics["model"] == vamp.metrics["model"] and comparable([plain, vamp]):
-                far, error = distance(plain, vamp, "nll")
-                lower = vamp.metrics["nll"]["mean"] < plain.metrics["nll"]["mean"]
-                how = (f"{'lower (better)' if lower else 'higher (worse)'} by {far:.2f} nats than "
-                       f"that of {plain.label}, more than" if far > error else
-                       f"{far:.2f} nats from that of {plain.label}, within")
-                lines.append(f"The NLL of {vamp.label} is {how} two standard errors of the "
-                             f"difference ({error:.2f}).")
+    pairs = [[a, b] for a in runs for b in runs if a.metrics["model"] == b.metrics["model"]
+             and (a.metrics["prior"], b.metrics["prior"]) == ("standard", "vamp")]
+    lines = [lead(pair, "nll") for pair in pairs if comparable(pair)]
     return lines and lines + plot.collapse_message([run.metrics for run in runs]).splitlines()
 
 
@@ -345,14 +334,12 @@ def overfit(run):
 
 
 def activity(runs):
-    """Which models have the fewest and the most active units, as a share of all their units."""
-    counts = {run.label: (sum(run.metrics["active_units"].values()),
-                          sum(run.metrics["latent_dims"].values())) for run in runs}
-    order = sorted(counts, key=lambda label: counts[label][0] / counts[label][1])
-    low, high = ([label for label in order if counts[label][0] * counts[end][1]
-                  == counts[end][0] * counts[label][1]] for end in (order[0], order[-1]))
-    low, high = ("{} of {} ({})".format(*counts[part[0]], ", ".join(part)) for part in (low, high))
-    return f"Active: {low}." if low == high else f"Fewest active: {low}; most: {high}."
+    """How many units are active, and which models have the smallest share of theirs."""
+    shares = [sum(run.metrics["active_units"].values()) / sum(run.metrics["latent_dims"].values())
+              for run in runs]
+    fewest = [run.label for run, share in zip(runs, shares) if share == min(shares)]
+    end = f"; the smallest share: {', '.join(fewest)}" if len(fewest) < len(runs) else ""
+    return f"Active: {each(runs, lambda run: units(run.metrics))}{end}."
 
 
 def plane(run):
@@ -431,7 +418,6 @@ SECTIONS = (("Originals and reconstructions", ["comparison"], []),
             ("Training", ["dynamics"], ["curves"]),
             ("Reconstruction against KL", ["tradeoff"], []),
             ("Active units", ["active_units"], []))
-PLOTTED = plot.COMPARISON_FIGURES, plot.MODEL_FIGURES
 
 # ------------------------------------------------------------------------- the page: how it looks
 
@@ -456,8 +442,7 @@ body { margin: 0 auto; padding: 2rem 1rem 4rem; max-width: 62rem; background: va
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .75rem; }
 h2 { font-size: 1.3rem; margin: 3rem 0 1rem; padding-top: 1rem; border-top: 1px solid var(--line); }
 h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
-p, li, figcaption { max-width: 46rem; }
-ul { padding-left: 1.2rem; }
+p, figcaption { max-width: 46rem; }
 nav a { display: inline-block; margin-right: 1rem; padding: .3rem 0; color: var(--link); }
 .warning { border-left: 4px solid #d55e00; padding: .5rem .9rem; background: var(--shade); }
 .note, figcaption, thead, footer { color: var(--soft); font-size: .92rem; }
@@ -557,8 +542,9 @@ def sections(folder, folders, runs):
             figure(path / f"{name}.png", [run], OF_MODEL)
             for path, run in zip(folders, runs) for name in of_model])
     parts = [(heading, shown(*names)) for heading, *names in SECTIONS]
-    compared, of_model = ([name for name in figures if not any(name in row[i] for row in SECTIONS)]
-                          for i, figures in enumerate(PLOTTED, 1))
+    compared, of_model = (
+        [name for name in figures if not any(name in row[i] for row in SECTIONS)]
+        for i, figures in enumerate((plot.COMPARISON_FIGURES, plot.MODEL_FIGURES), 1))
     rest = shown(compared, [])
     for path, run in zip(folders, runs):
         if more := "".join(figure(path / f"{name}.png", [run], OF_MODEL) for name in of_model):
