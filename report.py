@@ -456,7 +456,7 @@ table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabu
   overflow-wrap: normal; }
 th, td { padding: .45rem .75rem; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child { text-align: left; padding-left: 0; white-space: nowrap; }
-.numbers td { min-width: 5.5rem; }
+.numbers td { min-width: 6rem; }
 .facts th, .facts td { text-align: left; vertical-align: top; }
 summary { cursor: pointer; font-weight: 600; padding: .6rem 0; }
 @media (max-width: 40rem) { table { font-size: .85rem; } th, td { padding: .4rem .5rem; }
@@ -500,8 +500,7 @@ def facts(folder, m):
     changed = "".join(f", {flag} {value}" for flag, value in recipe.get("changed", {}).items())
     train, weights, components = (f"{number:,}" if number else "-" for number in (
         config.get("data", {}).get("train"), m.get("parameters"), m.get("components")))
-    return {"Data": m["dataset"] + (f": {m['note']}" if m["note"] else ""),
-            "Binarisation": m["binarize"], "Training images": train,
+    return {"Data": m["dataset"], "Binarisation": m["binarize"], "Training images": train,
             "Test images": f"{m['images']:,}", "Importance samples, S": f"{m['samples']:,}",
             "Recipe": recipe.get("name", "-") + changed, "Seed": str(seed),
             "Epochs": f"{m['epochs']:,}; epoch {m['best_epoch']:,} kept",
