@@ -70,7 +70,7 @@ $(VENV)/.stamp: requirements.txt
 	@touch $@
 
 # ROWS: on a terminal each model has a line, which its processes write over
-all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and compared
+all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and compared: report.html
 	@$(MAKE) -s $(RUN)/trained-by $(RUN)/dataset
 	@if [ "$(RECIPE) $$(cat $(RUN)/dataset)" = "default mnist" ]; then $(PYTHON) report.py --expect $(JOBS) \
 	  --models $(MODELS) --samples $(SAMPLES) $(if $(EPOCHS),--epochs $(EPOCHS)); fi

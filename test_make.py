@@ -69,7 +69,8 @@ def test_what_a_log_file_gets(made):
         said = [line for line in lines if line.startswith(f"{name}: ")]
         assert [line.split()[1].strip(",") for line in said] == ["trained", "evaluated", "trained"]
         assert "drawn" in said[-1]
-    assert str(folder) in lines[-1] and any("VAE + VampPrior  " in line for line in lines[-9:])
+    assert lines[-1].startswith(f"{folder}/report.html: ")
+    assert any("VAE + VampPrior  " in line for line in lines[-9:])
     assert not re.search(r"train\.py|evaluate\.py|plot\.py|--", done.stdout)
     assert len(done.stderr.splitlines()) < 10 and "\x1b" not in done.stdout + done.stderr
 

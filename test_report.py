@@ -1,9 +1,16 @@
-"""Tests of report.py on invented records: every column from its source, blocks, forecast."""
+"""Tests of report.py on invented records: every column from its source, blocks, forecast, page."""
+import base64
+import html
 import json
 import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 
+import plot
 import report
 from test_plot import NOTE, fake_run, stat
 
@@ -131,3 +138,217 @@ def test_refusals(tmp_path, monkeypatch, capsys, args, text, expected):
     (tmp_path / "B").write_text(text)
     assert report.main(args.split()) == 2 and expected in capsys.readouterr().err
     assert (tmp_path / "B").read_text() == text and "old" in (tmp_path / "A").read_text()
+
+
+# ------------------------------------------------------------------------------------- the page
+DOT = base64.b64decode(        # a picture of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5Erk"
+    "Jggg==")
+EVIL = "<script>alert(1)</script>&\"'</title><img src=http://a.b/c>"
+
+
+class Page(HTMLParser):
+    """A folder's page as made now: its tags [(name, attributes)] and its text, a line a block."""
+    BLOCKS = "p", "tr", "h1", "h2", "h3", "title", "figcaption", "summary"
+
+    def __init__(self, folder, *more):
+        super().__init__()
+        self.tags, self.text = [], ""
+        assert report.main([str(folder), *more]) == 0
+        self.feed((folder / "report.html").read_text())
+        self.text = self.text.replace("\xa0", " ")
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        self.text += " | " if tag in ("th", "td") else "\n" * (tag in self.BLOCKS)
+
+    def handle_data(self, data):
+        self.text += "" if self.tags[-1:] == [("style", {})] else data
+
+    def all(self, *names):
+        return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def dots(folder, *names, **changes):
+    """A folder of invented models; every figure that there can be is a picture of one pixel."""
+    for name in names:
+        fake_run(folder / name, **changes.get(name, {}))
+        unlike = {"vae": {"pseudo_inputs", "film", "shared_z2"}, "vamp": {"shared_z2"},
+                  "hvae": {"pseudo_inputs", "film"}}.get(name, set())
+        for figure in {*report.OF_MODEL, *plot.MODEL_FIGURES} - unlike:
+            (folder / name / f"{figure}.png").write_bytes(DOT)
+    for figure in {*report.COMPARED, *plot.COMPARISON_FIGURES}:
+        (folder / f"{figure}.png").write_bytes(DOT)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """A folder of two models with its figures, and a note too long for a phone's line."""
+    folder = tmp_path_factory.mktemp("page")
+    for name in ("vae", "hvamp"):
+        plot.main([str(fake_run(folder / name, note="x" * 90))])
+    plot.main([str(folder)])
+    return folder
+
+
+def test_page_is_one_file_that_shows_every_figure(drawn):
+    page = Page(drawn)
+    pictures = page.all("img")
+    shown = [base64.b64decode(p["src"].removeprefix("data:image/png;base64,")) for p in pictures]
+    assert sorted(shown) == sorted(path.read_bytes() for path in drawn.rglob("*.png"))
+    alts = [picture["alt"] for picture in pictures]
+    assert len({*alts}) == len(alts) and all("VAE + " in alt and "x" * 90 in alt for alt in alts)
+    assert {tag for tag, _ in page.tags}.isdisjoint(["script", "link", "iframe", "object", "base"])
+    # the text, too, is without an address that something could be loaded from
+    source = re.sub(r"data:image/png;base64,[\w+/=]+", "", (drawn / "report.html").read_text())
+    assert not re.search(r"https?:|//|url\(|@import|" + re.escape(str(drawn)), source)
+    targets = [link["href"][1:] for link in page.all("a")]
+    assert targets == [s["id"] for s in page.all("section")] and len({*targets}) == len(targets)
+    assert page.tags[0] == ("html", {"lang": "en"})
+    viewport, = [meta for meta in page.all("meta") if meta.get("name") == "viewport"]
+    assert viewport["content"] == "width=device-width, initial-scale=1"
+    assert len(page.all("h1")) == len(page.all("title")) == 1
+    assert all(th["scope"] in ("row", "col") for th in page.all("th"))
+    headings = re.findall(r"<h2>(.*?)</h2>", source)
+    assert headings == ["What was run", "Results", *(heading for heading, *_ in report.SECTIONS),
+                        "More of each model"]
+
+
+def test_page_holds_what_was_run_and_the_tables(tmp_path):
+    probe = {"probe_accuracy": 0.9, "knn_accuracy": 0.96, "knn_k": 15}
+    dots(tmp_path, "vae", "hvamp", hvamp=probe | {"nll": stat(80, 0.1), "train_seconds": 90.0})
+    config = {"args": {"model": "hvae", "prior": "vamp", "seed": 7},
+              "recipe": {"name": "quick", "changed": {"lr": 0.01}}, "data": {"train": 50000}}
+    (tmp_path / "hvamp" / "config.json").write_text(json.dumps(config))
+    lines = [line.strip() for line in Page(tmp_path).text.splitlines()]
+    markdown = (tmp_path / "comparison.md").read_text()
+    for line in ("Training images | - | 50,000 |", "Recipe | - | quick, lr 0.01 |",
+                 "Seed | - | 7 |", "Training, minutes | 10.0 | 1.5 |", "Test images | 60 |",
+                 "Epochs | 12; epoch 9 kept |", "Data | mnist |"):
+        assert line in lines
+    table = [row[2:].replace("**", "") for row in markdown.splitlines() if row[:2] == "| "
+             and "---" not in row]
+    assert len(table) == 6 and {*table} <= {*lines}        # the page's tables are comparison.md's
+    assert table[3].endswith("Linear probe | k-NN, k = 15 |")
+    assert table[5].endswith("| 90.0 ± 3.9% | 96.0 ± 2.5% |")
+    assert "<strong>80.00\xa0±\xa00.10</strong>" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("changes, says, never", [
+    ({"vae": {"recon": stat(-57, 0.2), "elbo": stat(-80, 0.2), "nll": stat(78, 0.2),
+              "active_units": {"z": 5}}},       # the standard prior is better
+     ["VAE + standard prior has the best test reconstruction, -57.00 ± 0.20 nats, 3.00 ahead of "
+      "VAE + VampPrior: more than two standard errors of the difference (0.58).",
+      "What the prior changes\n\nVAE + standard prior has the best test NLL, 78.00 ± 0.20 nats, 4",
+      "VAE + standard prior has the best test ELBO",
+      "more units of z active under N(0, I)", "Active: z 5 of 7 (VAE + standard prior), z 3 of 7 "
+      "(VAE + VampPrior); the smallest share: VAE + VampPrior."],
+     "VampPrior has the best|ahead of VAE \\+ standard|Under N|neither"),
+    ({"vamp": {"recon": stat(-57, 0.2), "elbo": stat(-80, 0.2), "nll": stat(78, 0.2)}},
+     ["VAE + VampPrior has the best test reconstruction, -57.00",
+      "What the prior changes\n\nVAE + VampPrior has the best test NLL, 78.00 ± 0.20 nats, 4.00 "
+      "ahead of VAE + standard prior: more",
+      "VAE + VampPrior has the best test ELBO"],
+     "standard prior has the best|ahead of VAE \\+ Vamp|Under N|neither"),
+    ({}, ["What the prior changes\n\nVAE + standard prior and VAE + VampPrior are 0.00 nats apart in "
+          "test NLL: within two standard errors of the difference (0.62), so neither is ahead.",
+          "Active: z 3 of 7 (VAE + standard prior), z 3 of 7 (VAE + VampPrior)."],
+     "best test|ahead of"),
+    ({"vamp": {"nll": stat(81.4, 0.22)}}, ["0.60 nats apart in test NLL: within two"], "best test"),
+    ({"vamp": {"nll": stat(70, 0.2), "dataset": "mnist5k", "note": NOTE}},     # never compared
+     ["Warning: measured on different data", NOTE,
+      "Test NLL: 82.00 ± 0.22 (VAE + standard prior), 70.00 ± 0.20 (VAE + VampPrior) nats"],
+     "best test|ahead|What the prior changes"),
+    ({"vae": {"N": 1}, "vamp": {"N": 1, "nll": stat(70, None)}}, ["(VAE + VampPrior)"],
+     "best test|ahead|What the prior changes"),
+    ({"vae": {"nll": stat(99, 60)}, "vamp": {"nll": stat(90, 0.1)}, "hvae": {"nll": stat(91, 0.1)}},
+     ["VAE + VampPrior and VAE + standard prior are 9.00 nats apart in test NLL: within two"],
+     "best test NLL")])
+def test_page_claims_only_what_the_numbers_say(tmp_path, changes, says, never):
+    text = Page(dots(tmp_path, "vae", "vamp", *{*changes} - {"vae", "vamp"}, **changes)).text
+    assert [line for line in says if line not in text] == []
+    assert re.findall(never, text) == []
+
+
+def test_page_reads_the_logs_and_arrays(tmp_path):
+    folder = dots(tmp_path, "vae", "hvamp", vae={"epochs": 40})
+    for name, values in (("vae", range(40)), ("hvamp", [5] * 12)):
+        path = folder / name / "log.csv"
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        for line, value in zip(lines[1:], values):
+            line[lines[0].index("val_elbo")], line[lines[0].index("train_elbo")] = str(value), "3.5"
+        path.write_text("\n".join(map(",".join, lines)))
+    text, (vae, hvamp) = Page(folder).text, plot.read_runs([folder / "vae", folder / "hvamp"])
+    assert ("+4.00 nats and still rising (VAE + standard prior), +0.00 nats and level (HVAE + "
+            "VampPrior).") in text
+    assert ("In epoch 9 of 40 the ELBO is 3.50 in training and 8.00 in validation, 4.50 nats "
+            "better.") in text and "and 5.00 in validation, 1.50 nats better." in text
+    use, n = hvamp.arrays["pseudo_use"], 20
+    assert f"The {n} shown take {use[:n].sum():.0%} of the test" in text
+    assert "in use are 24.0 of 30 (80%)." in text
+    low, *middle = np.percentile(vae.arrays["log_px"], [0, 25, 75])
+    assert (f"Half of the test images lie between {middle[0]:.1f} and {middle[1]:.1f}, the least "
+            f"likely at {low:.1f}.") in text
+    for run in (vae, hvamp):
+        s = np.linalg.svd(np.cov(run.arrays["latent_means"].T))[1]
+        assert f"They hold {s[:2].sum() / s.sum():.0%} of the variance." in text
+        kl, variance = (run.arrays[f"{name}_{[*run.metrics['latent_dims']][0]}"]
+                        for name in ("kl_per_dim", "variance"))
+        assert f"carry {kl[variance > 0.01].sum() / kl.sum():.0%} of the KL of z" in text
+    assert "KL1 is 8.00 ± 0.03 nats, KL2 17.00 ± 0.04." in text
+
+
+def test_page_of_extreme_runs(tmp_path, monkeypatch):
+    monkeypatch.setitem(plot.MODEL_FIGURES, "brand_new", None)
+    monkeypatch.setitem(plot.COMPARISON_FIGURES, "newer", None)
+    evil = {"label": EVIL, "note": EVIL, "dataset": f"/private/{EVIL}", "device": EVIL, "N": 1,
+            "D": 1, "K": 1, "epochs": 1, "images": 1, "recon": stat(-60, None)}
+    folder = dots(tmp_path, "hvamp", hvamp=evil)
+    arrays = dict(np.load(folder / "hvamp" / "arrays.npz"))
+    del arrays["labels"]
+    np.savez(folder / "hvamp" / "arrays.npz", **arrays)
+    page = Page(folder)
+    source = (folder / "report.html").read_text()
+    assert "<script" not in source and "<img src" not in source and "/private" not in source
+    assert source.count("</title>") == 1 and f"{EVIL}\n\n\nReport on" in page.text
+    assert all(p["src"][:5] == "data:" and EVIL in p["alt"] for p in page.all("img"))
+    assert f"Brand new: {EVIL}." in page.text and "\nNewer. \n" in page.text
+    assert "one epoch only" in page.text
+    (folder / "samples.png").unlink()
+    assert len(Page(folder).all("img")) == len(page.all("img")) - 1
+    (folder / "latents.png").write_bytes(b"no picture")
+    before = (folder / "report.html").read_bytes()
+    assert report.main([str(folder)]) == 2 and (folder / "report.html").read_bytes() == before
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's package chromium")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_in_a_browser(drawn, tmp_path, width):
+    """Inside a frame of a phone's width, as a headless window may not be that narrow."""
+    assert report.main([str(drawn)]) == 0
+    page = (drawn / "report.html").read_text()
+    (tmp_path / "frame.html").write_text(f"""<!doctype html><pre id="out"></pre>
+        <iframe id="f" style="border: 0; width: {width}px" srcdoc="{html.escape(page)}"></iframe>
+        <script>f.onload = () => {{
+          const w = f.contentWindow, d = w.document, images = [...d.images];
+          d.querySelectorAll("details").forEach(e => e.open = true);
+          out.textContent = JSON.stringify({{
+            width: w.innerWidth, scroll: d.documentElement.scrollWidth, images: images.length,
+            missing: images.filter(i => !i.complete || !i.naturalWidth).length,
+            loaded: w.performance.getEntriesByType("resource").map(e => e.name),
+            wide: [...d.querySelectorAll(".picture")].filter(e => e.scrollWidth > e.clientWidth)
+              .length }}) }}</script>""")
+    done = subprocess.run(
+        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+         "--enable-logging=stderr", "--window-size=1400,900", "--virtual-time-budget=5000",
+         f"--user-data-dir={tmp_path}/profile", "--dump-dom", f"file://{tmp_path}/frame.html"],
+        capture_output=True, text=True, timeout=120)
+    seen = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout)[1]))
+    # on a phone a figure keeps a legible width and scrolls in its box; else all fits
+    assert (seen.pop("wide") > 0) == (width == 390)
+    assert seen == {"width": width, "scroll": width, "images": len([*drawn.rglob("*.png")]),
+                    "loaded": [], "missing": 0}
+    assert "CONSOLE" not in done.stderr
