@@ -50,7 +50,7 @@ EVALUATED_BY := SAMPLES=$(SAMPLES) EVAL_FLAGS=$(EVAL_FLAGS)
 export OMP_NUM_THREADS RUN MODELS DATASET DATA_DIR RECIPE SEED EPOCHS SAMPLES STRICT TRAIN_FLAGS \
   EVAL_FLAGS TRAINED_BY EVALUATED_BY
 
-.PHONY: help all run quick plane paper bench record docs test test-all clean distclean FORCE $(KNOWN)
+.PHONY: help all run quick plane paper notebook lab bench record docs test test-all clean distclean FORCE $(KNOWN)
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -123,6 +123,27 @@ $(MODELS:%=$(RUN)/%/metrics.json): $(RUN)/%/metrics.json: $(RUN)/%/model.pt $(RU
 
 $(MODELS:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 	@$(PYTHON) plot.py $(@D)
+
+# Jupyter is installed by these two alone, where it is missing. The notebook is replaced whole, when
+# its last cell has run.
+define RUN_NOTEBOOK
+import files, nbclient, nbformat
+notebook = nbformat.read("main.ipynb", 4)
+nbclient.NotebookClient(notebook, timeout=None, kernel_name="python3", record_timing=False,
+                        extra_arguments=["--log-level=ERROR"]).execute()
+notebook.metadata["language_info"] = {"name": "python"}
+files.write_atomic("main.ipynb", nbformat.writes(notebook) + "\n")
+endef
+export RUN_NOTEBOOK
+INSTALL = $(PYTHON) -m pip install --quiet --disable-pip-version-check
+
+notebook: $(ENV)  ## runs main.ipynb from top to bottom and renews its outputs, in a few minutes
+	@$(PYTHON) -c 'import nbclient, ipykernel' 2>/dev/null || $(INSTALL) nbclient ipykernel
+	@OMP_NUM_THREADS=$(CORES) $(PYTHON) -c "$$RUN_NOTEBOOK"
+
+lab: $(ENV)  ## opens main.ipynb in JupyterLab
+	@$(PYTHON) -c 'import jupyterlab' 2>/dev/null || $(INSTALL) jupyterlab
+	@OMP_NUM_THREADS=$(CORES) $(PYTHON) -m jupyterlab main.ipynb
 
 bench: $(ENV)  ## times each piece against its plain form, into assets/bench.json (about ten minutes)
 	OMP_NUM_THREADS=$(CORES) $(PYTHON) bench.py --out assets/bench.json
