@@ -20,7 +20,7 @@ import plot
 # Test NLL on dynamically binarised MNIST in Tomczak & Welling (2018), Table 1.
 PAPER = {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
          ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}
-BETTER = {"recon": max, "elbo": max, "nll": min}    # a KL by itself is neither good nor bad
+BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # a KL by itself is neither good nor bad
 UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
          "Recon and ELBO are.")
 
@@ -50,11 +50,11 @@ def stat(m, key):
 
 def stats(key, metrics):
     """The column of one quantity, best as printed in bold if measured alike. None: not run."""
-    known = [m for m in metrics if m]
+    known = [m for m in metrics if m and key in m]
     means = [round(m[key]["mean"], 2) for m in known]
     alike = len(known) > 1 and len(set(map(plot.measured, known))) == 1
     best = BETTER[key](means) if key in BETTER and alike else None
-    return [f"**{stat(m, key)}**" if m and round(m[key]["mean"], 2) == best else stat(m, key)
+    return [f"**{stat(m, key)}**" if m in known and round(m[key]["mean"], 2) == best else stat(m, key)
             for m in metrics]
 
 
@@ -71,9 +71,12 @@ def minutes(m):
 
 
 def results(named, metrics):
-    """Columns: the labels of (folder name, metrics) pairs and four results of each in `metrics`."""
+    """Columns: the labels of (folder name, metrics) pairs and four results of each in `metrics`;
+    bits per dimension, NLL / (D log 2), where a likelihood of grey levels has them."""
+    bits = any(m and "bits_per_dim" in m for m in metrics)
     return [("Model", plot.distinct_labels(named)), *(
-        (title, stats(title.lower(), metrics)) for title in ("Recon", "KL", "ELBO", "NLL"))]
+        (title, stats(title.lower(), metrics)) for title in ("Recon", "KL", "ELBO", "NLL"))] + [
+        ("Bits/dim", stats("bits_per_dim", metrics))] * bits
 
 
 def data_lines(named):

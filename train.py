@@ -27,12 +27,17 @@ from pathlib import Path
 import torch
 
 import data as datasets
-from models import DEVICES, MODELS, PRIORS, Config, build, log_bernoulli, pick_device
+from models import (DEVICES, LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters,
+                    pick_device)
 
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
 # settings that may change on resuming: where things are, not what is trained
 WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
+
+
+# what older runs, which do not record it, have
+OLDER = {"likelihood": "bernoulli"}
 
 
 class Diverged(Exception):
@@ -65,6 +70,10 @@ def parse_args(argv=None):
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
     group.add_argument("--learned-weights", action="store_true",
                        help="learn the mixture's weights; otherwise 1/K each")
+    group.add_argument("--likelihood", choices=LIKELIHOODS, help=(
+        "of the pixels. bernoulli: black and white ones. logistic: 256 grey levels, also per colour "
+        "channel. gaussian: a density of floats in [0, 1] (default: bernoulli; for grey data there "
+        "is none)"))
     group.add_argument("--hidden", type=count, default=300, help="units of a hidden layer")
     group.add_argument("--z-dim", type=count, default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
@@ -135,6 +144,33 @@ def settle(args, train_images):
             {"name": args.recipe, "size": size, "values": values, "changed": changed})
 
 
+def settle_likelihood(args):
+    """Fills in --binarize where it was not given; ValueError if it contradicts --likelihood."""
+    grey = args.likelihood in ("logistic", "gaussian")
+    args.binarize = args.binarize or ("none" if grey else "dynamic")
+    if grey and args.binarize != "none":
+        raise ValueError(f"--likelihood {args.likelihood} needs grey pixels, which --binarize "
+                         f"{args.binarize} removes; use --binarize none")
+
+
+def check_likelihood(name, data):
+    """The likelihood's name, of those that suit the data's pixels. ValueError if `name` is none."""
+    if data.binarize != "none":
+        return "bernoulli"
+    if datasets.is_black_and_white(data.train):
+        if name in ("logistic", "gaussian"):
+            raise ValueError(f"{data.name} is black and white: --likelihood {name} is for grey "
+                             "pixels; use bernoulli")
+        return "bernoulli"
+    if name is None:
+        raise ValueError(f"{data.name} with --binarize none is grey: choose --likelihood logistic "
+                         "(256 levels) or gaussian (continuous); or --binarize dynamic")
+    if name == "logistic" and data.train.dtype != torch.uint8:
+        raise ValueError(f"{data.name} has values that are no multiple of 1/255: --likelihood "
+                         "logistic needs 256 levels; use gaussian, or save it as uint8")
+    return name
+
+
 def has_bfloat16(device):
     """Whether the hardware itself multiplies bfloat16: AVX512-BF16, AMX, Armv8.6; GPUs from Ampere on."""
     if device.type == "cuda":
@@ -190,7 +226,8 @@ def compare_settings(path, settings):
             raise ValueError(f"{path} is of a run on other images ({there.get('name')}) than these "
                              f"({here['name']}); use the same data, or give another --out")
         for name in sorted(here.keys() | there.keys()):
-            if here.get(name) != there.get(name) and name not in WHERE:
+            there.setdefault(name, OLDER.get(name))
+            if here.get(name) != there[name] and name not in WHERE:
                 raise ValueError(f"{path} has {name} = {there.get(name)!r}, this call "
                                  f"{here.get(name)!r}; use the same settings, or give another --out")
 
@@ -258,11 +295,12 @@ def start(args, config, data, device):
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     pick = torch.randperm(len(data.train))[:config.components]
     u = None
-    if config.prior == "vamp":          # training images, binarised, repeated if there are few
-        u = datasets.binarise(data.train[pick.repeat(-(-config.components // len(pick)))
-                                         [:config.components].to(device)]).cpu()
+    if config.prior == "vamp":          # training images as a batch has them, repeated if few
+        u = data.batch(pick.repeat(-(-config.components // len(pick)))
+                       [:config.components].to(device)).cpu()
     model = build(config, u)
-    model.set_output_bias(mean_image(data.train).cpu())
+    mean = mean_image(data.train)
+    model.set_output_bias(mean.cpu(), spread_image(data.train, mean).cpu())
     model.to(device)
     average = build(config).to(device)
     average.load_state_dict(model.state_dict())
@@ -283,10 +321,20 @@ def mean_image(x):
                for part in x.split(10_000)).div(len(x)).float()
 
 
-def mean_image_elbo(data):
-    """Validation log-likelihood of independent pixels at the training mean: what no model may miss."""
-    logits = torch.logit(mean_image(data.train).clamp(0.01, 0.99))
-    return log_bernoulli(mean_image(data.val), logits).item()
+def spread_image(x, mean):
+    """Standard deviation of the pixels (D,) over a split about its mean image, in blocks."""
+    return sum((datasets.pixels(part) - mean).square().sum(0, dtype=torch.float64)
+               for part in x.split(10_000)).div(len(x)).sqrt().float()
+
+
+def mean_image_elbo(data, likelihood="bernoulli"):
+    """Validation log-likelihood of independent pixels with the training images' mean and spread:
+    what no model may miss."""
+    mean = mean_image(data.train)
+    parameters = constant_parameters(likelihood, mean, spread_image(data.train, mean))
+    log_prob = LIKELIHOODS[likelihood][0]
+    return sum(log_prob(datasets.pixels(part), parameters).sum().item()
+               for part in data.val.split(1000)) / len(data.val)
 
 
 # --------------------------------------------------------------------------------------- epochs
@@ -365,7 +413,8 @@ def train_epoch(run, args, data, tick=lambda: None):
 
 def fit(run, args, data, out):
     """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
-    floor = 2 * mean_image_elbo(data) - data.train.shape[1]
+    level = mean_image_elbo(data, run.model.config.likelihood)
+    floor = level - abs(level) - data.train.shape[1]    # the level of a density may be positive
     steps = -(-len(data.train) // args.batch_size)
     bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
     with bar:
@@ -395,14 +444,16 @@ def fit(run, args, data, out):
 def train(args):
     """The whole run: what there is to say of it, in a sentence."""
     device, out = pick_device(args.device), Path(args.out)
+    settle_likelihood(args)
     data = datasets.load(args.dataset, args.data_dir, args.binarize, args.split_seed,
                          args.strict_data, device)
+    args.likelihood = check_likelihood(args.likelihood, data)
     args, recipe = settle(args, len(data.train))
     args.precision = pick_precision(args.precision, device, out)
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
-                    args.pseudo_inputs, args.learned_weights)
+                    args.pseudo_inputs, args.learned_weights, args.likelihood)
     settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
-                "data": {"name": data.name, "note": data.note, "train": len(data.train),
+                "data": {"name": data.name, "note": datasets.note_of(data, args.likelihood), "train": len(data.train),
                          "image_shape": list(data.image_shape), "sha256": data.sha256},
                 "model": vars(config)}
     lock = open_run(out, settings, args.resume)
