@@ -269,7 +269,7 @@ def read_npz(file):
             size = archive.getinfo(name).file_size      # zipfile gives no more bytes than these
             return read_array(io.BufferedReader(archive.open(name)), size)
         names = [name for name in archive.namelist() if name.endswith(".npy")]
-        if "x_train.npy" in names and not {"x.npy", "images.npy"}.intersection(names):
+        if "x.npy" not in names and any(f"x_{part}.npy" in names for part in SPLITS):
             return own_splits(names, read)
         labels = [name for name in ("y.npy", "labels.npy") if name in names]
         images = [name for name in ("x.npy", "images.npy") if name in names][:1] or [
@@ -281,27 +281,27 @@ def read_npz(file):
 
 def own_splits(names, read):
     """Images and labels, or None, of an .npz's own three splits, joined, and the splits' sizes."""
-    found = []
-    for kind in ("x", "y"):
-        wanted = [f"{kind}_{part}.npy" for part in SPLITS]
-        missing = [name[:-4] for name in wanted if name not in names]
-        if kind == "x" and missing or len(missing) in (1, 2):
-            raise ValueError(f"{' and '.join(missing)} missing; own splits are {kind}_train, "
-                             f"{kind}_val and {kind}_test")
-        arrays = [read(name) for name in wanted] if not missing else None
-        if arrays and len({(a.dtype, a.shape[1:]) for a in arrays}) > 1 or arrays and kind == "x" and (
-                not all(a.ndim and len(a) for a in arrays)):
-            raise ValueError(f"{kind}_train, {kind}_val and {kind}_test differ in more than their "
-                             "number, or one is empty: " + ", ".join(
-                                 f"{a.dtype} {a.shape}" for a in arrays))
-        found.append(arrays)
-    (images, labels), sizes = found, [len(a) for a in found[0]]
-    if labels and [a.shape for a in labels] != [(n,) for n in sizes]:
-        raise ValueError(f"labels: {[a.shape for a in labels]}, not {sizes} integers")
-    del found
-    while len(images) > 1:      # joined, so that one decision holds for all: grey, or 0 and 255?
-        images[:] = [np.concatenate(images)]
-    return images[0], np.concatenate(labels) if labels else None, sizes
+    images, labels = (three(kind, names, read) for kind in "xy")
+    sizes = [len(part) for part in images]
+    if labels and [len(part) for part in labels] != sizes:
+        raise ValueError(f"labels: {[len(part) for part in labels]}, images: {sizes}")
+    # joined, so that one decision holds for all: are they grey, or 0 and 255?
+    return np.concatenate(images), np.concatenate(labels) if labels else None, sizes
+
+
+def three(kind, names, read):
+    """The arrays kind_train, kind_val and kind_test of an .npz; None if it has none of them."""
+    missing = [f"{kind}_{part}" for part in SPLITS if f"{kind}_{part}.npy" not in names]
+    if len(missing) == 3:
+        return None
+    if missing:
+        raise ValueError(f"no {' and no '.join(missing)} beside the others; own splits are "
+                         f"{kind}_train, {kind}_val and {kind}_test")
+    arrays = [read(f"{kind}_{part}.npy") for part in SPLITS]
+    if len({(a.dtype, a.shape[1:]) for a in arrays}) > 1 or not all(a.size for a in arrays):
+        raise ValueError(f"{kind}_train, {kind}_val and {kind}_test must be alike and none empty: "
+                         + ", ".join(f"{a.dtype} {a.shape}" for a in arrays))
+    return arrays
 
 
 def as_images(x):
@@ -310,7 +310,7 @@ def as_images(x):
     shape, kind = x.shape, x.dtype.kind
     if kind not in "bf" and x.dtype != np.uint8:
         raise ValueError(f"dtype {x.dtype}; expected uint8 (0 to 255), bool, or floats in [0, 1]")
-    if len(shape) == 4 and shape[3] != 3 and 3 in shape[1:2]:
+    if len(shape) == 4 and shape[1] == 3 != shape[3]:
         raise ValueError(f"shape {shape}; expected (N, H, W, 3): x.transpose(0, 2, 3, 1)")
     if shape[3:] == (4,):
         raise ValueError(f"shape {shape}: four channels; expected (N, H, W, 3): x[..., :3]")

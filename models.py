@@ -81,11 +81,11 @@ class _LogBinary(torch.autograd.Function):
 
 
 def log_logistic(x, mean, logscale):
-    """Log probability in nats of grey levels under a discretised logistic, summed: (..., D) -> (...).
+    """log probability of grey levels by a discretised logistic, in nats, summed: (..., D) -> (...).
 
-    x is level / 255. Level l of 256 has the mass of Logistic(mean, exp(logscale)) on [l/256, (l+1)/256),
-    as in Kingma et al. (2016, arXiv:1606.04934, appendix); the first and the last level take the tails
-    too, so that the 256 sum to one. With a < b the standardised ends of the bin,
+    x is level / 255. Level l has the mass of Logistic(mean, exp(logscale)) on [l/256, (l+1)/256], as
+    in Kingma et al. (2016, arXiv:1606.04934) and the authors' code; level 0 takes all below it, too,
+    and level 255 all above, so that the 256 sum to one. With a < b the standardised ends of a bin,
         sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)),
     whose logarithm keeps its digits and its gradient however far x lies from the mean.
     Computed in float32 at least, whatever autocast made of the inputs. No gradient in x.
