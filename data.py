@@ -108,7 +108,7 @@ def note_of(data, likelihood):
     grey = data.binarize == "none" and not is_black_and_white(data.test)
     own = {"logistic": "discretised logistic of 256 levels",
            "gaussian": "Gaussian: a density of continuous pixels, whose NLL may be negative",
-           "bernoulli": "Bernoulli of grey pixels: NLL and ELBO are no log-likelihoods" * grey}
+           "bernoulli": "Bernoulli of grey pixels, so that NLL and ELBO are of no log-likelihood" * grey}
     return "; ".join(part for part in (data.note, own[likelihood]) if part)
 
 

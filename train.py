@@ -168,6 +168,8 @@ def check_likelihood(name, data):
     if name == "logistic" and data.train.dtype != torch.uint8:
         raise ValueError(f"{data.name} has values that are no multiple of 1/255: --likelihood "
                          "logistic needs 256 levels; use gaussian, or save it as uint8")
+    if name == "bernoulli":
+        print(f"note: {datasets.note_of(data, name)}", file=sys.stderr)
     return name
 
 
@@ -413,8 +415,10 @@ def train_epoch(run, args, data, tick=lambda: None):
 
 def fit(run, args, data, out):
     """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
-    level = mean_image_elbo(data, run.model.config.likelihood)
-    floor = level - abs(level) - data.train.shape[1]    # the level of a density may be positive
+    likelihood = run.model.config.likelihood
+    level, bits = mean_image_elbo(data, likelihood), 1 if likelihood == "bernoulli" else 8
+    # the level of a density may be positive; first epochs cost a nat per bit of a pixel, or less
+    floor = level - abs(level) - bits * data.train.shape[1]
     steps = -(-len(data.train) // args.batch_size)
     bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
     with bar:
@@ -453,7 +457,7 @@ def train(args):
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                     args.pseudo_inputs, args.learned_weights, args.likelihood)
     settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
-                "data": {"name": data.name, "note": datasets.note_of(data, args.likelihood), "train": len(data.train),
+                "data": {"name": data.name, "note": data.note, "train": len(data.train),
                          "image_shape": list(data.image_shape), "sha256": data.sha256},
                 "model": vars(config)}
     lock = open_run(out, settings, args.resume)
