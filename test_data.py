@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 import zipfile
 
 import numpy as np
@@ -294,6 +295,36 @@ def test_own_splits_are_used_as_they_are(tmp_path, seed):
     loaded = user(tmp_path, npz(**floats))
     assert {part.dtype for part in (loaded.train, loaded.val, loaded.test)} == {torch.float32}
     assert torch.equal(loaded.val, torch.from_numpy(SINGLE[25:35].reshape(10, 30)))
+
+
+def test_the_documented_recipes_make_the_papers_splits(tmp_path, monkeypatch):
+    """RESULTS.md's code, on small files of those layouts; upright as the paper's code reshapes them."""
+    rng = np.random.RandomState(0)
+    bits = {name: rng.randint(0, 2, (n, 784)).astype(np.uint8)
+            for name, n in (("train", 20), ("val", 6), ("test", 5))}
+    mats = {"chardata.mat": {"data": rng.rand(784, 1400), "testdata": bits["test"].T / 1.0},
+            "caltech101_silhouettes_28_split1.mat": {f"{k}_data": x for k, x in bits.items()},
+            "frey_rawface.mat": {"ff": rng.randint(0, 256, (560, 1965)).astype(np.uint8)}}
+    scipy = types.SimpleNamespace(loadmat=mats.get)
+    for name in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, name, scipy)
+    for name, x in zip(("train", "valid", "test"), bits.values()):
+        np.savetxt(tmp_path / f"binarized_mnist_{name}.amat", x, "%d")
+    with open(os.path.join(os.path.dirname(data.__file__), "RESULTS.md")) as file:
+        code = file.read().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    sizes, tests = {"omniglot": (55, 1345, 5), "caltech": (20, 6, 5), "static": (20, 6, 5),
+                    "frey": (1565, 200, 200)}, {}
+    for name, size in sizes.items():
+        loaded = data.load(f"{name}.npz", binarize="none")
+        assert (len(loaded.train), len(loaded.val), len(loaded.test)) == size
+        tests[name] = loaded.test.numpy()
+    fortran = bits["test"].reshape(-1, 28, 28).reshape(-1, 784, order="F")
+    assert np.array_equal(tests["omniglot"], fortran.astype(np.float32))
+    assert np.array_equal(tests["caltech"], 255 * (1 - fortran))
+    assert np.array_equal(tests["static"], 255 * bits["test"])
+    assert loaded.image_shape == (28, 20) and loaded.train.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("name, svhn", [("cifar10", False), ("svhn", True)])

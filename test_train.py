@@ -199,7 +199,8 @@ def test_the_epoch_kept_is_the_best_at_beta_1_and_patience_counts_from_it(digits
     assert extra["train_seconds"] == pytest.approx(seconds) and seconds > 0
 
 
-@pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999)])
+@pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999), ("small", 3_000),
+                                         ("tiny", 2_999)])
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_flags_override_the_recipe_of_the_data_size(name, data, count):
     args, record = train.settle(train.parse_args(["--recipe", name, "--lr", "0.5"]), count)

@@ -47,17 +47,21 @@ class Diverged(Exception):
 # ------------------------------------------------------------------------------------ arguments
 
 # What these flags are when they are not given. Data sets of fewer than SMALL training images take
-# the second line: few images make few batches, and overfit soon.
+# the second line: few images make few batches, and overfit soon. Fewer than TINY take the third: as
+# many steps as the second has of 4,000.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
 RECIPES = {
     "default": {"large": (340, 1000, 1.2e-2, 20, 0.996, 0.08, 500),
-                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
+              "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
     "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500),
-             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
+             "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
     "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.08, 50),
-              "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
+              "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50),
+              "tiny": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
 }
-SMALL = 10_000
+SMALL, TINY = 10_000, 3_000
 PRECISIONS = ("float32", "bfloat16")
 CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is float32
 
@@ -79,12 +83,13 @@ def parse_args(argv=None):
     group = p.add_argument_group("optimisation")
     group.add_argument("--recipe", choices=RECIPES, default="default",
                        help="values of the flags that are not given; each has its own for data sets "
-                            f"of fewer than {SMALL:,} training images")
+                            f"of fewer than {SMALL:,} and of fewer than {TINY:,} training images")
 
     def by_recipe(flag, kind, text, **more):
         column = RECIPE_FLAGS.index(flag[2:].replace("-", "_"))
-        large, small = (values[column] for values in RECIPES["default"].values())
-        more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets)"
+        large, small, tiny = (values[column] for values in RECIPES["default"].values())
+        more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets" + (
+            f", {tiny} for tiny ones)" if tiny != small else ")")
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, **more)
 
     by_recipe("--pseudo-inputs", count, "components of the vamp or mog prior", metavar="K")
@@ -136,7 +141,7 @@ def _number(kind, low, high):
 def settle(args, train_images):
     """(args, recipe): the flags with the recipe's values where they were not given, and a record of
     what came from where."""
-    size = "small" if train_images < SMALL else "large"
+    size = "tiny" if train_images < TINY else "small" if train_images < SMALL else "large"
     values = dict(zip(RECIPE_FLAGS, RECIPES[args.recipe][size]))
     changed = {flag: value for flag, value in vars(args).items()
                if flag in values and value != values[flag]}
