@@ -104,11 +104,11 @@ def is_black_and_white(x):
 
 
 def note_of(data, likelihood):
-    """The data's note, and what a likelihood's numbers mean where that is not a matter of course."""
+    """The data's note, and what a likelihood's numbers mean where that needs saying."""
     grey = data.binarize == "none" and not is_black_and_white(data.test)
     own = {"logistic": "discretised logistic of 256 levels",
            "gaussian": "Gaussian: a density of continuous pixels, whose NLL may be negative",
-           "bernoulli": "Bernoulli of grey pixels, so that NLL and ELBO are of no log-likelihood" * grey}
+           "bernoulli": "Bernoulli of grey pixels: NLL and ELBO are of no log-likelihood" * grey}
     return "; ".join(part for part in (data.note, own[likelihood]) if part)
 
 
@@ -396,11 +396,13 @@ def add_arguments(parser):
     parser.add_argument("--dataset", default="mnist", help=f"{', '.join(CHOICES)}, or .npz or .npy")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets")
     parser.add_argument("--binarize", choices=BINARIZE, help=(
-        "default: none for a logistic or gaussian likelihood, else dynamic. dynamic: training pixels are drawn afresh from Bernoulli(grey) at each visit, as in the "
-        "paper. static: once, by this project's own seed; NOT the static MNIST of the literature "
-        "(Larochelle's files), whose numbers are others. none: all stay grey, validation too"))
+        "default: none for a logistic or gaussian likelihood, else dynamic. dynamic: training "
+        "pixels are drawn afresh from Bernoulli(grey) at each visit, as in the paper. static: once, "
+        "by this project's own seed; NOT the static MNIST of the literature (Larochelle's files), "
+        "whose numbers are others. none: all stay grey, validation too"))
     parser.add_argument("--split-seed", type=int, default=777, help="fixes how mnist5k or your own "
-                        "array, unless it is split, is split, whatever --seed is, and the draw of --binarize static")
+                        "array is split, whatever --seed is, unless its file has its own splits, "
+                        "and the draw of --binarize static")
     parser.add_argument("--strict-data", action="store_true", help="mnist5k never replaces mnist")
 
 

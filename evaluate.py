@@ -226,7 +226,8 @@ def evaluate(model, data, S, seed=0, tick=lambda: None):
         arrays |= pseudo_pictures(model, arrays["component_use"], generator)
     seconds["all"] = time.perf_counter() - began
     metrics = {"model": model.config.model, "prior": model.config.prior, "label": label(model.config),
-               "dataset": data.name, "note": datasets.note_of(data, model.config.likelihood), "binarize": data.binarize, "samples": S,
+               "dataset": data.name, "note": datasets.note_of(data, model.config.likelihood),
+               "binarize": data.binarize, "samples": S,
                "seed": seed, "images": len(x), "nll": mean_se(-terms["log_px"])}
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
     if model.config.likelihood == "logistic":

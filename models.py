@@ -620,7 +620,7 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 
 
 def constant_parameters(likelihood, mean, spread=None):
-    """Parameters (outputs * D,) of the same pixels for all images: their mean and standard deviation."""
+    """Parameters (outputs * D,) of pixels with this mean and standard deviation, each (D,)."""
     logits = torch.logit(mean.clamp(0.01, 0.99))
     if likelihood == "bernoulli":
         return logits

@@ -80,7 +80,8 @@ def read_arrays(path, m):
             arrays = dict(file)
         N, n, size = m["images"], len(arrays["images"]), arrays["image_shape"].prod()
         p, K = len(arrays.get("pseudo_use", ())), m.get("components")
-        shapes = {"image_shape": (3,) if len(arrays["image_shape"]) == 3 else (2,), "images": (n, size), "reconstructions": (n, size),
+        axes = 3 if len(arrays["image_shape"]) == 3 else 2
+        shapes = {"image_shape": (axes,), "images": (n, size), "reconstructions": (n, size),
                   "samples": (len(arrays["samples"]), size), "log_px": (N,)}
         for layer, D in m["latent_dims"].items():
             shapes |= {f"kl_per_dim_{layer}": (D,), f"variance_{layer}": (D,)}
@@ -156,7 +157,8 @@ def panels(rows, columns, width, height, runs, title=None):
 
 
 def pictures(run, name, limit, columns):
-    """(n, h, w) or (n, h, w, 3) images of an array, `limit` at most; of several rows only full ones are kept."""
+    """(n, h, w) or (n, h, w, 3) images of an array, `limit` at most; of several rows only full
+    ones are kept."""
     images = run.arrays[name][:limit].astype(float).reshape(-1, *run.arrays["image_shape"])
     return images[:max(columns, len(images) - len(images) % columns)]
 

@@ -257,7 +257,8 @@ HUGE = npy(np.zeros((0, 10**5), "u1")).replace(b"(0, 100000), }      ", b"(10000
     (GREY, GREY), (np.asfortranarray(GREY), GREY), (GREY.reshape(40, 30), GREY),
     (BITS > 0, BITS), (BITS.view(bool), BITS), (BITS // 255, BITS), (BITS / 255, BITS),
     (GREY / 255, GREY), ((GREY / np.float32(255)).astype(">f4"), GREY), (FLOAT, SINGLE),
-    (COLOUR, COLOUR), (COLOUR / 255, COLOUR), (HALF, HALF.astype("f4")), (MIXED, MIXED), (SINGLE[:, :5].reshape(40, 25), SINGLE[:, :5])])
+    (COLOUR, COLOUR), (COLOUR / 255, COLOUR),
+    (HALF, HALF.astype("f4")), (MIXED, MIXED), (SINGLE[:, :5].reshape(40, 25), SINGLE[:, :5])])
 def test_user_arrays(tmp_path, x, expected):
     for suffix, content in ("npz", npz(whatever=x)), ("npy", npy(x)):
         loaded = user(tmp_path, content, suffix)
@@ -298,7 +299,7 @@ def test_own_splits_are_used_as_they_are(tmp_path, seed):
 
 
 def test_the_documented_recipes_make_the_papers_splits(tmp_path, monkeypatch):
-    """RESULTS.md's code, on small files of those layouts; upright as the paper's code reshapes them."""
+    """RESULTS.md's code, on small files of those layouts; upright as in the paper's code."""
     rng = np.random.RandomState(0)
     bits = {name: rng.randint(0, 2, (n, 784)).astype(np.uint8)
             for name, n in (("train", 20), ("val", 6), ("test", 5))}

@@ -397,7 +397,7 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(model, prior, leve
 
 def levels(*shape):
     """All 256 grey levels along the first axis."""
-    return torch.arange(256, dtype=torch.double).reshape(-1, *[1] * len(shape)).expand(-1, *shape) / 255
+    return (torch.arange(256.0).double() / 255).reshape(-1, *[1] * len(shape)).expand(-1, *shape)
 
 
 @pytest.mark.parametrize("dtype", [torch.double, torch.float])
@@ -428,7 +428,7 @@ def test_log_logistic_keeps_its_gradient_in_the_tails(mean, logscale):
 
 
 def test_pixels_of_a_decoders_outputs():
-    """The mean image is a sigmoid, the scale is clamped to [-4.5, 0]; a Gaussian's is the logistic's."""
+    """The mean is a sigmoid, the log scale in [-4.5, 0]; a Gaussian's is the logistic's."""
     x, outputs = levels(3), torch.tensor([0.0, 2, -3, -9, -1, 5], dtype=torch.double)
     mean, logscale = outputs[:3].sigmoid(), torch.tensor([-4.5, -1, 0], dtype=torch.double)
     torch.testing.assert_close(logistic_pixels(x, outputs), log_logistic(x, mean, logscale))
@@ -469,7 +469,8 @@ def test_a_config_of_before_the_likelihoods_is_bernoulli():
 
 
 @pytest.mark.parametrize("field, value", [
-    ("prior", "vampire"), ("prior", None), ("model", "gan"), ("likelihood", "poisson"), ("components", 0), ("z_dim", -1),
+    ("prior", "vampire"), ("prior", None), ("model", "gan"), ("components", 0), ("z_dim", -1),
+    ("likelihood", "poisson"),
     ("components", "5"), ("x_dim", True), ("learned_weights", 1), ("components", 10**7 + 1)])
 def test_config_names_what_is_wrong(field, value):
     with pytest.raises(ValueError, match=f"{field}|{value}"):

@@ -467,8 +467,8 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(faces):
     wanted = data.train[torch.randperm(100).repeat(3)[:250]] / 255     # repeated: there are but 100
     assert torch.equal(run.model.prior.u, wanted)
     spread = (data.train.double() / 255).std(0, correction=0)
-    torch.testing.assert_close(run.model.output.bias[560:].double().exp(), spread.clamp_min(math.exp(-4)),
-                               rtol=1e-4, atol=0)
+    found = run.model.output.bias[560:].double().exp()
+    torch.testing.assert_close(found, spread.clamp_min(math.exp(-4)), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
