@@ -154,6 +154,7 @@ record:  ## copies the records of RUN to assets/, with TO=runs the figures too, 
 	  sed 's|"data_dir": .*|"data_dir": "data",|' $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
+	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
 	@$(MAKE) docs
 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/

@@ -2,7 +2,7 @@
 
     python data.py --dataset mnist                       fetches and verifies, says what there is
     python data.py --dataset fashion --data-dir DIR      IDX files, plain or .gz
-    python data.py --dataset digits.npz                  a user's (N, D) or (N, H, W)
+    python data.py --dataset digits.npz                  a user's (N, D), (N, H, W) or (N, H, W, 3)
 
 The last 10,000 of MNIST's 60,000 training images are for validation. Training images are drawn
 afresh, Bernoulli(grey), at each visit; validation and test once, by seed 777, validation first.
@@ -30,8 +30,11 @@ import numpy as np
 import torch
 
 SOURCES = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}  # torchvision's classes
-CHOICES = (*SOURCES, "mnist5k")
+COLOUR = {"cifar10": ("CIFAR10", "cifar-10-batches-py, of cifar-10-python.tar.gz,"),
+          "svhn": ("SVHN", "train_32x32.mat and test_32x32.mat")}   # torchvision's classes, files
+CHOICES = (*SOURCES, "mnist5k", *COLOUR)
 BINARIZE = ("dynamic", "static", "none")
+SPLITS = ("train", "val", "test")
 FILES = {"train-images-idx3-ubyte": (60000, 28, 28), "train-labels-idx1-ubyte": (60000,),
          "t10k-images-idx3-ubyte": (10000, 28, 28), "t10k-labels-idx1-ubyte": (10000,)}
 # The three sets share file names and sizes; the first test labels tell which set a folder holds.
@@ -56,7 +59,7 @@ class Data:
     """A (N, D) tensor per split: uint8 is grey * 255, float32 is grey itself; labels (N,) int64."""
     name: str           # what was really loaded: mnist5k after a fallback, or the user's path
     note: str           # to stand wherever a number from this set stands
-    image_shape: tuple  # (H, W), H * W = D
+    image_shape: tuple  # (H, W), H * W = D, or (H, W, 3)
     train: torch.Tensor
     val: torch.Tensor   # 0 or 255, unless binarize is none; test likewise
     test: torch.Tensor
@@ -92,6 +95,21 @@ def draw_once(x, rng):
     # Part by part the same numbers are drawn as by one call, which takes 16 bytes per pixel.
     return np.concatenate([rng.binomial(1, part / scale).astype(np.uint8) * np.uint8(255)
                            for part in np.array_split(x, 100)])
+
+
+def is_black_and_white(x):
+    """Whether a split has no pixel but 0 and 255, in blocks, so that no large mask is made."""
+    return x.dtype == torch.uint8 and all(((part == 0) | (part == 255)).all()
+                                          for part in x.split(10_000))
+
+
+def note_of(data, likelihood):
+    """The data's note, and what a likelihood's numbers mean where that needs saying."""
+    grey = data.binarize == "none" and not is_black_and_white(data.test)
+    own = {"logistic": "discretised logistic of 256 levels",
+           "gaussian": "Gaussian: a density of continuous pixels, whose NLL may be negative",
+           "bernoulli": "Bernoulli of grey pixels: NLL and ELBO are of no log-likelihood" * grey}
+    return "; ".join(part for part in (data.note, own[likelihood]) if part)
 
 
 def split(x, labels, split_seed):
@@ -197,6 +215,28 @@ def read_mnist5k(data_dir, split_seed, timeout):
     return *split(table[:, :-1], table[:, -1], split_seed), (28, 28)
 
 
+def read_colour(name, data_dir):
+    """[train, val, test] images (N, 3072), uint8, their labels, (32, 32, 3). Downloads nothing.
+
+    The last 5,000 of the training file are for validation.
+    """
+    kind, what = COLOUR[name]
+    import torchvision      # takes a second
+    make, svhn = getattr(torchvision.datasets, kind), name == "svhn"
+    try:
+        train, test = [make(data_dir, split=part) if svhn else make(data_dir, train=part == "train")
+                       for part in ("train", "test")]
+    except ImportError as error:
+        raise ValueError(f"{name}: torchvision reads it with {error.name}; pip install it") from None
+    except Exception as error:      # what is missing, damaged or no pickle raises several types
+        raise ValueError(f"{name}: {what} must lie in {data_dir}, undamaged "
+                         f"({files.one_line(error)})") from error
+    x, x_test = (np.transpose(part.data, (0, 2, 3, 1) if svhn else (0, 1, 2, 3)).reshape(-1, 3072)
+                 for part in (train, test))
+    y, y_test = (np.asarray(part.labels if svhn else part.targets) for part in (train, test))
+    return [x[:-5000], x[-5000:], x_test], [y[:-5000], y[-5000:], y_test], (32, 32, 3)
+
+
 # ------------------------------------------------------- a user's array, perhaps from a stranger
 
 def available_memory():
@@ -222,27 +262,61 @@ def read_array(stream, size):
 
 
 def read_npz(file):
-    """Images of an .npz, which are x, images or the only array beside labels; y, labels or None."""
+    """Images of an .npz, which are x, images or the only array beside labels; y, labels or None;
+    and the sizes of its splits, if it has x_train, x_val and x_test, else None."""
     with zipfile.ZipFile(file) as archive:
         def read(name):
             size = archive.getinfo(name).file_size      # zipfile gives no more bytes than these
             return read_array(io.BufferedReader(archive.open(name)), size)
         names = [name for name in archive.namelist() if name.endswith(".npy")]
+        if "x.npy" not in names and any(f"x_{part}.npy" in names for part in SPLITS):
+            return own_splits(names, read)
         labels = [name for name in ("y.npy", "labels.npy") if name in names]
         images = [name for name in ("x.npy", "images.npy") if name in names][:1] or [
             name for name in names if name not in labels]
         if len(images) != 1:
             raise ValueError(f"no array x, and {len(images)} others; save the images as x")
-        return read(images[0]), read(labels[0]) if labels else None
+        return read(images[0]), read(labels[0]) if labels else None, None
+
+
+def own_splits(names, read):
+    """Images and labels, or None, of an .npz's own three splits, joined, and the splits' sizes."""
+    images, labels = (three(kind, names, read) for kind in "xy")
+    sizes = [len(part) for part in images]
+    if labels and [len(part) for part in labels] != sizes:
+        raise ValueError(f"labels: {[len(part) for part in labels]}, images: {sizes}")
+    # joined, so that one decision holds for all: are they grey, or 0 and 255?
+    return np.concatenate(images), np.concatenate(labels) if labels else None, sizes
+
+
+def three(kind, names, read):
+    """The arrays kind_train, kind_val and kind_test of an .npz; None if it has none of them."""
+    missing = [f"{kind}_{part}" for part in SPLITS if f"{kind}_{part}.npy" not in names]
+    if len(missing) == 3:
+        return None
+    if missing:
+        raise ValueError(f"no {' and no '.join(missing)} beside the others; own splits are "
+                         f"{kind}_train, {kind}_val and {kind}_test")
+    arrays = [read(f"{kind}_{part}.npy") for part in SPLITS]
+    if len({(a.dtype, a.shape[1:]) for a in arrays}) > 1 or not all(a.size for a in arrays):
+        raise ValueError(f"{kind}_train, {kind}_val and {kind}_test must be alike and none empty: "
+                         + ", ".join(f"{a.dtype} {a.shape}" for a in arrays))
+    return arrays
 
 
 def as_images(x):
-    """(N, D) uint8 or float32 of a user's array, and (H, W). Floats that are all k / 255: uint8."""
+    """(N, D) uint8 or float32 of a user's array, and (H, W) or (H, W, 3). Floats that are all
+    k / 255: uint8."""
     shape, kind = x.shape, x.dtype.kind
     if kind not in "bf" and x.dtype != np.uint8:
         raise ValueError(f"dtype {x.dtype}; expected uint8 (0 to 255), bool, or floats in [0, 1]")
-    if len(shape) not in (2, 3) or shape[0] < 10 or 0 in shape:
-        raise ValueError(f"shape {shape}; expected (N, D) or (N, H, W) with N >= 10 images")
+    if len(shape) == 4 and shape[1] == 3 != shape[3]:
+        raise ValueError(f"shape {shape}; expected (N, H, W, 3): x.transpose(0, 2, 3, 1)")
+    if shape[3:] == (4,):
+        raise ValueError(f"shape {shape}: four channels; expected (N, H, W, 3): x[..., :3]")
+    if len(shape) not in (2, 3) and shape[3:] != (3,) or shape[0] < 10 or 0 in shape:
+        raise ValueError(f"shape {shape}; expected (N, D), (N, H, W) or (N, H, W, 3) with N >= 10 "
+                         "images")
     if kind == "f":
         if not (x.min() >= 0 and x.max() <= 1):     # false for a NaN, too
             raise ValueError(f"values from {x.min()} to {x.max()}; expected floats in [0, 1]")
@@ -254,21 +328,26 @@ def as_images(x):
         x = (x.view(np.uint8) != 0) * np.uint8(255)
     x, side = x.reshape(len(x), -1), math.isqrt(math.prod(shape[1:]))
     flat = (side, side) if side**2 == x.shape[1] else (1, x.shape[1])
-    return x, shape[1:] if len(shape) == 3 else flat
+    return x, shape[1:] if len(shape) > 2 else flat
 
 
 def read_user(path, split_seed):
-    """[train, val, test] images of a .npy or .npz file, the same of labels or None, and (H, W)."""
+    """[train, val, test] images of a .npy or .npz file, the same of labels or None, and the shape
+    of an image. An .npz that has these three is used as it is split."""
     with open(path, "rb") as file:
         try:
             npz = path.lower().endswith(".npz")
-            x, labels = read_npz(file) if npz else (read_array(file, os.path.getsize(path)), None)
+            x, labels, sizes = read_npz(file) if npz else (
+                read_array(file, os.path.getsize(path)), None, None)
             x, image_shape = as_images(x)
             if labels is not None and (labels.shape != (len(x),) or labels.dtype.kind not in "iu"):
                 raise ValueError(f"labels: {labels.dtype} {labels.shape}, not {len(x)} integers")
         except Exception as error:      # a foreign or damaged file raises a dozen types
             raise ValueError(f"{path}: {files.one_line(error)}") from error
-    return *split(x, labels, split_seed), image_shape
+    if sizes is None:
+        return *split(x, labels, split_seed), image_shape
+    cut = np.cumsum(sizes)[:2]
+    return np.split(x, cut), None if labels is None else np.split(labels, cut), image_shape
 
 
 # ------------------------------------------------------- what the other scripts call
@@ -289,10 +368,14 @@ def load(name="mnist", data_dir="data", binarize="dynamic", split_seed=777, stri
     elif name in ("mnist", "mnist5k"):
         name = "mnist5k"
         images, labels, image_shape = read_mnist5k(data_dir, split_seed, timeout)
+    elif name in COLOUR:
+        images, labels, image_shape = read_colour(name, data_dir)
     elif name.lower().endswith((".npz", ".npy")):
         images, labels, image_shape = read_user(name, split_seed)
     else:
         raise ValueError(f"unknown data set {name!r}: choose from {', '.join(CHOICES)}, .npz, .npy")
+    if len(image_shape) == 3 and binarize != "none":
+        raise ValueError(f"{name}: colour is not binarised; use --likelihood logistic, or gaussian")
     digest = hashlib.sha256()
     for x in images:
         digest.update(f"{x.shape} {x.dtype}".encode())
@@ -312,12 +395,14 @@ def add_arguments(parser):
     """Adds the flags that say which data to load."""
     parser.add_argument("--dataset", default="mnist", help=f"{', '.join(CHOICES)}, or .npz or .npy")
     parser.add_argument("--data-dir", default="data", help="folder of the data sets")
-    parser.add_argument("--binarize", default="dynamic", choices=BINARIZE, help=(
-        "dynamic: training pixels are drawn afresh from Bernoulli(grey) at each visit, as in the "
-        "paper. static: once, by this project's own seed; NOT the static MNIST of the literature "
-        "(Larochelle's files), whose numbers are others. none: all stay grey, validation too"))
+    parser.add_argument("--binarize", choices=BINARIZE, help=(
+        "default: none for a logistic or gaussian likelihood, else dynamic. dynamic: training "
+        "pixels are drawn afresh from Bernoulli(grey) at each visit, as in the paper. static: once, "
+        "by this project's own seed; NOT the static MNIST of the literature (Larochelle's files), "
+        "whose numbers are others. none: all stay grey, validation too"))
     parser.add_argument("--split-seed", type=int, default=777, help="fixes how mnist5k or your own "
-                        "array is split, whatever --seed is, and the draw of --binarize static")
+                        "array is split, whatever --seed is, unless its file has its own splits, "
+                        "and the draw of --binarize static")
     parser.add_argument("--strict-data", action="store_true", help="mnist5k never replaces mnist")
 
 
@@ -328,7 +413,8 @@ def main(argv=None):
     add_arguments(parser)
     parser.add_argument("--out", help="file for the name of the set that was really loaded")
     args = parser.parse_args(argv)
-    data = load(args.dataset, args.data_dir, args.binarize, args.split_seed, args.strict_data)
+    data = load(args.dataset, args.data_dir, args.binarize or "none", args.split_seed,
+                args.strict_data)
     if args.out:
         files.write_atomic(args.out, f"{data.name}\n")
     counts = f"{len(data.train):,} training, {len(data.val):,} validation, {len(data.test):,} test"

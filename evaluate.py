@@ -205,7 +205,7 @@ def walks(model, images, pairs=3, steps=12):
     found = []
     for i in range(0, min(2 * pairs, len(images) - 1), 2):
         means = [z for z, _, _ in model.latents(images[i:i + 2]).values()]
-        found.append(torch.sigmoid(model.decode(*(torch.lerp(z[:1], z[1:], way) for z in means))))
+        found.append(model.mean_image(model.decode(*(torch.lerp(*z.split(1), way) for z in means))))
     return torch.stack(found) if found else images.new_zeros(0, steps, images.shape[1])
 
 
@@ -319,9 +319,13 @@ def evaluate(model, data, S, seed=0, tick=lambda: None):
     statistics |= classify(model, data, generator)
     seconds["all"] = time.perf_counter() - began
     metrics = {"model": model.config.model, "prior": model.config.prior, "label": label(model.config),
-               "dataset": data.name, "note": data.note, "binarize": data.binarize, "samples": S,
+               "dataset": data.name, "note": datasets.note_of(data, model.config.likelihood),
+               "binarize": data.binarize, "samples": S,
                "seed": seed, "images": len(x), "nll": mean_se(-terms["log_px"])}
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
+    if model.config.likelihood == "logistic":
+        unit = x.shape[1] * math.log(2)     # bits per dimension: a probability of levels has them
+        metrics["bits_per_dim"] = mean_se(-terms["log_px"] / unit)
     metrics |= statistics
     metrics |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
                 "device": x.device.type, "threads": torch.get_num_threads(),
@@ -394,7 +398,9 @@ def main(argv=None):
     files.write_atomic(path.parent / "arrays.npz", buffer.getvalue())
     files.write_atomic(path.parent / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     line.say(f"evaluated on {data.name}: ELBO {metrics['elbo']['mean']:.2f}, NLL "
-             f"{metrics['nll']['mean']:.2f} (S = {args.samples:,}, {metrics['images']:,} images)")
+             f"{metrics['nll']['mean']:.2f} (S = {args.samples:,}, {metrics['images']:,} images)"
+             + (f", {metrics['bits_per_dim']['mean']:.3f} bits per dimension"
+                if "bits_per_dim" in metrics else ""))
 
 
 def _count(text):

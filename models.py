@@ -80,6 +80,51 @@ class _LogBinary(torch.autograd.Function):
         return None, ((1 - probs).mul_(sign).mul_(grad[..., None])).sum_to_size(ctx.shape)
 
 
+def log_logistic(x, mean, logscale):
+    """log probability of grey levels by a discretised logistic, in nats, summed: (..., D) -> (...).
+
+    x is level / 255. Level l has the mass of Logistic(mean, exp(logscale)) on [l/256, (l+1)/256], as
+    in Kingma et al. (2016, arXiv:1606.04934) and the authors' code; level 0 takes all below it, too,
+    and level 255 all above, so that the 256 sum to one. With a < b the standardised ends of a bin,
+        sigmoid(b) - sigmoid(a) = sigmoid(b) sigmoid(-a) (1 - exp(a - b)),
+    whose logarithm keeps its digits and its gradient however far x lies from the mean.
+    Computed in float32 at least, whatever autocast made of the inputs. No gradient in x.
+    """
+    mean, logscale = _wide(mean), _wide(logscale)
+    level, precision = torch.round(255 * x), torch.exp(-logscale)
+    low = (level.to(mean.dtype) / 256 - mean) * precision
+    width = precision / 256
+    above, below = F.logsigmoid(low + width), F.logsigmoid(-low)
+    inside = above + below + torch.log(-torch.expm1(-width))
+    return torch.where(level == 0, above, torch.where(level == 255, below, inside)).sum(-1)
+
+
+def mean_and_logscale(parameters):
+    """A decoder's outputs (..., 2D) as mean in [0, 1] and log scale in [-4.5, 0], each (..., D).
+
+    The bounds are the authors'. They matter: without one, pixels that never change would make a
+    density as large as one likes.
+    """
+    mean, logscale = _wide(parameters).chunk(2, dim=-1)
+    return torch.sigmoid(mean), logscale.clamp(-4.5, 0.0)
+
+
+def logistic_pixels(x, parameters):
+    """log_logistic of grey levels x (..., D) by a decoder's outputs (..., 2D): (...)."""
+    return log_logistic(x, *mean_and_logscale(parameters))
+
+
+def mean_pixels(parameters):
+    """The mean image (..., D) of a decoder's outputs (..., 2D)."""
+    return mean_and_logscale(parameters)[0]
+
+
+def gaussian_pixels(x, parameters):
+    """log N(x; mean, scale^2), a density, of x (..., D) by a decoder's outputs (..., 2D): (...)."""
+    mean, logscale = mean_and_logscale(parameters)
+    return log_normal(x, mean, 2 * logscale)
+
+
 class _LogMixture(torch.autograd.Function):
     """logsumexp_k([z^2, z] . coef_k + bias_k) for z (N, D), coef (K, 2D), bias (K): (N,).
 
@@ -397,6 +442,7 @@ class Config:
     z_dim: int = 40
     components: int = 500
     learned_weights: bool = False
+    likelihood: str = "bernoulli"
 
     def __post_init__(self):
         for field in fields(self):
@@ -406,7 +452,8 @@ class Config:
                                  f"got {type(value).__name__}")
             if field.type is int and not 1 <= value <= 10**7:
                 raise ValueError(f"{field.name} must be from 1 to 10,000,000, got {value}")
-        for value, choices in ((self.model, MODELS), (self.prior, PRIORS)):
+        for value, choices in ((self.model, MODELS), (self.prior, PRIORS),
+                               (self.likelihood, LIKELIHOODS)):
             if value not in choices:
                 raise ValueError(f"{value!r} is not one of {', '.join(choices)}")
 
@@ -417,7 +464,9 @@ class _Model(nn.Module):
     def __init__(self, config, pseudo_inputs=None):
         super().__init__()
         self.config = config
+        self.log_px, self.mean_image, outputs = LIKELIHOODS[config.likelihood]
         self._build(config)
+        self.output = _linear(config.hidden, outputs * config.x_dim)    # p(x | z)
         if config.prior == "standard":
             self.prior = StandardPrior(config.z_dim)
         elif config.prior == "mog":
@@ -446,17 +495,18 @@ class _Model(nn.Module):
         return parts["recon"] - parts["kl"]
 
     def sample(self, n, generator=None):
-        """n images as probabilities, (n, 784), by ancestral sampling from the prior."""
+        """n images as pixel means, (n, 784), by ancestral sampling from the prior."""
         return self.generate(self.prior.sample(n, generator), generator)
 
     def reconstruct(self, x, generator=None):
-        """Probabilities (B, 784) decoded from the posteriors' means; with a generator, from draws."""
-        return torch.sigmoid(self.decode(*(z for z, _, _ in self.latents(x, generator).values())))
+        """Pixel means (B, 784) decoded from the posteriors' means; with a generator, from draws."""
+        return self.mean_image(self.decode(*(z for z, _, _ in self.latents(x, generator).values())))
 
-    def set_output_bias(self, mean):
-        """Starts the decoder at the data's mean image (784,), which saves the first epochs."""
+    def set_output_bias(self, mean, spread=None):
+        """Starts the decoder at the data's mean image and standard deviations, each (784,), which
+        saves the first epochs. A Bernoulli needs no `spread`."""
         with torch.no_grad():
-            self.output.bias.copy_(torch.logit(mean.clamp(0.01, 0.99)))
+            self.output.bias.copy_(constant_parameters(self.config.likelihood, mean, spread))
 
 
 class VAE(_Model):
@@ -467,7 +517,6 @@ class VAE(_Model):
     def _build(self, c):
         self.encoder = GaussianNet(c.x_dim, c.hidden, c.z_dim)
         self.decoder = nn.Sequential(GatedDense(c.z_dim, c.hidden), GatedDense(c.hidden, c.hidden))
-        self.output = _linear(c.hidden, c.x_dim)
 
     def infer(self, x):
         """What `terms` needs of x whatever the samples: ((mu, logvar) of q(z | x),)."""
@@ -483,19 +532,19 @@ class VAE(_Model):
         """
         ((mu, logvar),) = self.infer(x) if inferred is None else inferred
         z = _normal(mu, logvar, generator, (S,))
-        recon = log_bernoulli(x, self.decode(z))
+        recon = self.log_px(x, self.decode(z))
         if path_gradient:
             mu, logvar = mu.detach(), logvar.detach()
         kl = log_normal(z, mu, logvar) - (prior or self.prior).log_prob(z)
         return {"recon": recon, "kl": kl}
 
     def decode(self, z):
-        """Pixel logits (..., 784) of z (..., 40)."""
+        """The pixels' parameters (..., 784 or 1568), see LIKELIHOODS, of z (..., 40)."""
         return self.output(self.decoder(z))
 
     def generate(self, z, generator=None):
-        """Images as probabilities (n, 784) given latents z (n, 40)."""
-        return torch.sigmoid(self.decode(z))
+        """Pixel means (n, 784) given latents z (n, 40)."""
+        return self.mean_image(self.decode(z))
 
     def latents(self, x, generator=None):
         """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
@@ -519,7 +568,6 @@ class HVAE(_Model):
         self.px_z1 = GatedDense(c.z_dim, c.hidden)                          # p(x | z1, z2)
         self.px_z2 = GatedDense(c.z_dim, c.hidden)
         self.px_joint = GatedDense((c.hidden, c.hidden), c.hidden)
-        self.output = _linear(c.hidden, c.x_dim)
 
     def infer(self, x):
         """What `terms` needs of x whatever the samples: (mu, logvar) of q(z2 | x), features of x."""
@@ -539,7 +587,7 @@ class HVAE(_Model):
         z2 = _normal(mu2, logvar2, generator, (S,))
         mu1, logvar1 = self._q1(features, z2)
         z1 = _normal(mu1, logvar1, generator)
-        recon = log_bernoulli(x, self.decode(z1, z2))
+        recon = self.log_px(x, self.decode(z1, z2))
         if path_gradient:       # z1's score given z2 has mean zero too, also through z2
             mu1, logvar1, mu2, logvar2 = (t.detach() for t in (mu1, logvar1, mu2, logvar2))
         kl1 = log_normal(z1, mu1, logvar1) - log_normal(z1, *self.p1(z2))
@@ -547,13 +595,13 @@ class HVAE(_Model):
         return {"recon": recon, "kl": kl1 + kl2, "kl1": kl1, "kl2": kl2}
 
     def decode(self, z1, z2):
-        """Pixel logits (..., 784) of z1 and z2 (..., 40)."""
+        """The pixels' parameters (..., 784 or 1568), see LIKELIHOODS, of z1 and z2 (..., 40)."""
         return self.output(self.px_joint(self.px_z1(z1), self.px_z2(z2)))
 
     def generate(self, z2, generator=None):
-        """Images as probabilities (n, 784) given z2 (n, 40); z1 is drawn from p(z1 | z2)."""
+        """Pixel means (n, 784) given z2 (n, 40); z1 is drawn from p(z1 | z2)."""
         mu1, logvar1 = self.p1(z2)
-        return torch.sigmoid(self.decode(_normal(mu1, logvar1, generator), z2))
+        return self.mean_image(self.decode(_normal(mu1, logvar1, generator), z2))
 
     def latents(self, x, generator=None):
         """As VAE.latents, of z1 and z2."""
@@ -564,7 +612,19 @@ class HVAE(_Model):
 
 
 MODELS = {"vae": VAE, "hvae": HVAE}
+# log p(x | parameters), the mean image of the parameters, and how many of them a pixel has
+LIKELIHOODS = {"bernoulli": (log_bernoulli, torch.sigmoid, 1),
+               "logistic": (logistic_pixels, mean_pixels, 2),
+               "gaussian": (gaussian_pixels, mean_pixels, 2)}
 PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "VampPrior"}
+
+
+def constant_parameters(likelihood, mean, spread=None):
+    """Parameters (outputs * D,) of pixels with this mean and standard deviation, each (D,)."""
+    logits = torch.logit(mean.clamp(0.01, 0.99))
+    if likelihood == "bernoulli":
+        return logits
+    return torch.cat([logits, spread.clamp_min(1e-9).log().clamp(-4.0, -0.5)])
 
 
 def build(config, pseudo_inputs=None):

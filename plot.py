@@ -81,7 +81,8 @@ def read_arrays(path, m):
             arrays = dict(file)
         N, n, size = m["images"], len(arrays["images"]), arrays["image_shape"].prod()
         p, K = len(arrays.get("pseudo_use", ())), m.get("components")
-        shapes = {"image_shape": (2,), "images": (n, size), "reconstructions": (n, size),
+        axes = 3 if len(arrays["image_shape"]) == 3 else 2
+        shapes = {"image_shape": (axes,), "images": (n, size), "reconstructions": (n, size),
                   "samples": (len(arrays["samples"]), size), "log_px": (N,)}
         for layer, D in m["latent_dims"].items():
             shapes |= {f"kl_per_dim_{layer}": (D,), f"variance_{layer}": (D,)}
@@ -169,24 +170,30 @@ def panels(rows, columns, width, height, runs, title=None):
 
 
 def images_of(run, rows):
-    """(n, h, w) images of rows (n, h * w)."""
+    """(n, h, w) or (n, h, w, 3) images of rows of pixels."""
     return rows.astype(float).reshape(-1, *run.arrays["image_shape"])
 
 
 def pictures(run, name, limit, columns):
-    """(n, h, w) images of an array, `limit` at most; of several rows only full ones are kept."""
+    """(n, h, w) or (n, h, w, 3) images of an array, `limit` at most; of several rows only full
+    ones are kept."""
     images = images_of(run, run.arrays[name][:limit])
     return images[:max(columns, len(images) - len(images) % columns)]
 
 
 def image_grid(blocks, title, runs, columns=16):
-    """Figure of blocks of strips, each (label, images (n, h, w) in [0, 1]) wrapped at `columns`."""
+    """Figure of blocks of strips, each (label, images in [0, 1]) wrapped at `columns`; the
+    images are (n, h, w) or, in colour, (n, h, w, 3)."""
     strips = [strip for block in blocks for _, strip in block]
+    if any(strip.ndim == 4 for strip in strips):    # grey ones beside colour: three equal channels
+        blocks = [[(label, strip if strip.ndim == 4 else strip[..., None].repeat(3, -1))
+                   for label, strip in block] for block in blocks]
+        strips = [strip for block in blocks for _, strip in block]
     h, w = (max(strip.shape[axis] for strip in strips) for axis in (1, 2))
     columns, gap = min(columns, max(map(len, strips))), max(1, h // 14)
     rows = sum(-(-len(strip) // columns) for strip in strips)
     canvas = np.ones((rows * (h + gap) + 3 * gap * (len(blocks) - 1) - gap,
-                      columns * (w + gap) - gap))
+                      columns * (w + gap) - gap, *strips[0].shape[3:]))
     top, ticks = 0, {}
     for block in blocks:
         for label, strip in block:
@@ -278,7 +285,8 @@ def draw_likelihood(run):
     mean, se = -m["nll"]["mean"], m["nll"]["se"]
     ax.axvspan(mean - se, mean + se, color="black", alpha=0.25, lw=0)
     ax.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}\n± {se:.2f} standard error")
-    ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {m['samples']:,}",
+    bits = f"\n{m['bits_per_dim']['mean']:.3f} bits per dimension" if "bits_per_dim" in m else ""
+    ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {m['samples']:,}{bits}",
            xlabel=f"log p(x) ({NATS})", ylabel="test images")
     ax.legend(loc="upper left")
     return fig
@@ -519,11 +527,13 @@ def draw_planes(runs):
         scatter_codes(density, run, run.arrays["latent_means"], legend)
         elbo = run.metrics["elbo"]
         density.set_title(f"{run.label}\nELBO {elbo['mean']:.2f} ± {elbo['se']:.2f}")
-        tiles, (h, w) = run.arrays["plane_images"].astype(float), run.arrays["image_shape"]
+        tiles, shape = run.arrays["plane_images"].astype(float), run.arrays["image_shape"]
         # whole where the prior is denser than an even spread over the square, else fainter
         share = np.exp(run.arrays["plane_image_log_prior"]) * (x1 - x0) * (y1 - y0)
-        tiles = tiles.reshape(*tiles.shape[:2], h, w) * np.minimum(1, share)[..., None, None]
-        canvas = 1 - tiles[::-1].transpose(0, 2, 1, 3).reshape(len(tiles) * h, -1)
+        tiles = (tiles if len(shape) == 3 else 1 - tiles).reshape(*tiles.shape[:2], *shape)
+        share = np.minimum(1, share).reshape(*share.shape, *[1] * len(shape))
+        canvas = (1 - share * (1 - tiles))[::-1].swapaxes(1, 2)     # on white
+        canvas = canvas.reshape(len(tiles) * shape[0], -1, *shape[2:])
         grid.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=box[[0, 2, 1, 3]])
         grid.set_title("what the plane generates,\nfainter where the prior is thin")
         for ax in (density, grid):

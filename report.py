@@ -25,7 +25,7 @@ import plot
 # Test NLL on dynamically binarised MNIST in Tomczak & Welling (2018), Table 1.
 PAPER = {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
          ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}
-BETTER = {"recon": max, "elbo": max, "nll": min}    # a KL by itself is neither good nor bad
+BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # a KL by itself is neither good nor bad
 UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
          "Recon and ELBO are.")
 
@@ -55,11 +55,11 @@ def stat(m, key):
 
 def stats(key, metrics):
     """The column of one quantity, best as printed in bold if measured alike. None: not run."""
-    known = [m for m in metrics if m]
+    known = [m for m in metrics if m and key in m]
     means = [round(m[key]["mean"], 2) for m in known]
     alike = len(known) > 1 and len(set(map(plot.measured, known))) == 1
     best = BETTER[key](means) if key in BETTER and alike else None
-    return [f"**{stat(m, key)}**" if m and round(m[key]["mean"], 2) == best else stat(m, key)
+    return [f"**{stat(m, key)}**" if m in known and round(m[key]["mean"], 2) == best else stat(m, key)
             for m in metrics]
 
 
@@ -76,9 +76,12 @@ def minutes(m):
 
 
 def results(named, metrics):
-    """Columns: the labels of (folder name, metrics) pairs and four results of each in `metrics`."""
+    """Columns: the labels of (folder name, metrics) pairs and four results of each in `metrics`;
+    bits per dimension, NLL / (D log 2), where a likelihood of grey levels has them."""
+    bits = any(m and "bits_per_dim" in m for m in metrics)
     return [("Model", plot.distinct_labels(named)), *(
-        (title, stats(title.lower(), metrics)) for title in ("Recon", "KL", "ELBO", "NLL"))]
+        (title, stats(title.lower(), metrics)) for title in ("Recon", "KL", "ELBO", "NLL"))] + [
+        ("Bits/dim", stats("bits_per_dim", metrics))] * bits
 
 
 def data_lines(named):
@@ -217,6 +220,12 @@ def recipe_block(path):
         return content["protocol"] + "\n\n" + table(zip(titles, zip(*rows)))
 
 
+def plane_block(named):
+    """A line of Markdown: the ELBOs of the models with two latents, and what they rest on."""
+    elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for _, m in named)
+    return f"ELBO: {elbos} ({named[0][1]['epochs']} epochs; {' '.join(data_lines(named))[:-1]})."
+
+
 def blocks(assets):
     """{name: Markdown} of every block; "" where nothing is recorded under `assets`."""
     runs, more, long = (read_named(folder) if any(folder.glob("*/metrics.json")) else []
@@ -225,6 +234,7 @@ def blocks(assets):
     return {"time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
                     "on the two cores of the recorded runs." if runs else "",
             "results": results_block(dict(runs), dict(long)) if runs or long else "",
+            "plane": plane_block(read_named(assets / "plane")) if (assets / "plane").exists() else "",
             "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
                 [m for _, m in runs]).splitlines()),
             "runs": full_tables(runs, record=True) if runs else "",

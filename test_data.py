@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import tracemalloc
+import types
 import zipfile
 
 import numpy as np
@@ -90,6 +91,8 @@ def test_protocol_on_made_up_files(made):
     bits = np.random.RandomState([5, 1]).binomial(1, arrays[0][:50000] / np.float32(255)) * 255
     assert np.array_equal(by_mode["static"].train, bits.reshape(-1, 784))
     assert torch.equal(by_mode["static"].val, by_mode["dynamic"].val)
+    assert data.is_black_and_white(by_mode["static"].train)
+    assert not data.is_black_and_white(by_mode["none"].train)
     for mode, fixed in ("dynamic", [0, 0, 0]), ("static", [1, 1, 0]), ("none", [1, 1, 1]):
         one, other = (by_mode[mode].batch(torch.tensor([3, 1]), torch.Generator().manual_seed(s))
                       for s in (0, 1))
@@ -244,6 +247,8 @@ FLOAT = np.random.RandomState(2).rand(40, 6, 5)
 BITS, HALF, SINGLE = (GREY > 99) * np.uint8(255), FLOAT.astype("f2"), FLOAT.astype("f4")
 MIXED = np.concatenate([GREY[:39] / np.float32(255), SINGLE[39:]])      # one is not made of k / 255
 ORDER = np.random.RandomState(777).permutation(40)
+COLOUR = np.random.RandomState(4).randint(0, 256, (40, 6, 5, 3)).astype(np.uint8)
+OWN = {"x_train": GREY[:25], "x_val": GREY[25:35], "x_test": GREY[35:]}
 OBJECTS = np.full((40, 100), Bomb(), object)
 HUGE = npy(np.zeros((0, 10**5), "u1")).replace(b"(0, 100000), }      ", b"(1000000, 100000), }")
 
@@ -252,6 +257,7 @@ HUGE = npy(np.zeros((0, 10**5), "u1")).replace(b"(0, 100000), }      ", b"(10000
     (GREY, GREY), (np.asfortranarray(GREY), GREY), (GREY.reshape(40, 30), GREY),
     (BITS > 0, BITS), (BITS.view(bool), BITS), (BITS // 255, BITS), (BITS / 255, BITS),
     (GREY / 255, GREY), ((GREY / np.float32(255)).astype(">f4"), GREY), (FLOAT, SINGLE),
+    (COLOUR, COLOUR), (COLOUR / 255, COLOUR),
     (HALF, HALF.astype("f4")), (MIXED, MIXED), (SINGLE[:, :5].reshape(40, 25), SINGLE[:, :5])])
 def test_user_arrays(tmp_path, x, expected):
     for suffix, content in ("npz", npz(whatever=x)), ("npy", npy(x)):
@@ -259,7 +265,7 @@ def test_user_arrays(tmp_path, x, expected):
         got, labels = joined(loaded)
         assert got.dtype == expected.dtype and np.array_equal(got, expected.reshape(40, -1)[ORDER])
         assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [32, 4, 4]
-        assert loaded.image_shape == {30: (1, 30), 25: (5, 5)}.get(x.shape[1], (6, 5))
+        assert loaded.image_shape == {30: (1, 30), 25: (5, 5)}.get(x.shape[1], x.shape[1:])
         assert (loaded.name, loaded.note, labels) == (str(tmp_path / f"user.{suffix}"), "", None)
 
 
@@ -268,6 +274,81 @@ def test_user_labels_follow_the_images(tmp_path):
     x, y = joined(user(tmp_path, content, split_seed=3))
     assert np.array_equal(y, np.random.RandomState(3).permutation(40))
     assert np.array_equal(x, GREY.reshape(40, 30)[y])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_own_splits_are_used_as_they_are(tmp_path, seed):
+    """In their order and whatever the seed; one decision holds for all three."""
+    y = np.arange(40)
+    labels = {"y_train": y[:25], "y_val": y[25:35], "y_test": y[35:]}
+    loaded = user(tmp_path, npz(**OWN, **labels), split_seed=seed)
+    x, found = joined(loaded)
+    assert np.array_equal(x, GREY.reshape(40, 30)) and np.array_equal(found, y)
+    assert [len(part) for part in (loaded.train, loaded.val, loaded.test)] == [25, 10, 5]
+    assert loaded.image_shape == (6, 5)
+    digest = hashlib.sha256()
+    for part in OWN.values():
+        digest.update(f"({len(part)}, 30) uint8".encode() + part.tobytes())
+    assert loaded.sha256 == digest.hexdigest()
+    parts = OWN | {"x_test": OWN["x_test"] // 200}      # black and white alone, but not with the rest
+    assert joined(user(tmp_path, npz(**parts)))[0].max(1)[35:].max() == 1
+    floats = {name: part / 255 for name, part in OWN.items()} | {"x_val": FLOAT[25:35]}
+    loaded = user(tmp_path, npz(**floats))
+    assert {part.dtype for part in (loaded.train, loaded.val, loaded.test)} == {torch.float32}
+    assert torch.equal(loaded.val, torch.from_numpy(SINGLE[25:35].reshape(10, 30)))
+
+
+def test_the_documented_recipes_make_the_papers_splits(tmp_path, monkeypatch):
+    """RESULTS.md's code, on small files of those layouts; upright as in the paper's code."""
+    rng = np.random.RandomState(0)
+    bits = {name: rng.randint(0, 2, (n, 784)).astype(np.uint8)
+            for name, n in (("train", 20), ("val", 6), ("test", 5))}
+    mats = {"chardata.mat": {"data": rng.rand(784, 1400), "testdata": bits["test"].T / 1.0},
+            "caltech101_silhouettes_28_split1.mat": {f"{k}_data": x for k, x in bits.items()},
+            "frey_rawface.mat": {"ff": rng.randint(0, 256, (560, 1965)).astype(np.uint8)}}
+    scipy = types.SimpleNamespace(loadmat=mats.get)
+    for name in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, name, scipy)
+    for name, x in zip(("train", "valid", "test"), bits.values()):
+        np.savetxt(tmp_path / f"binarized_mnist_{name}.amat", x, "%d")
+    with open(os.path.join(os.path.dirname(data.__file__), "RESULTS.md")) as file:
+        code = file.read().partition("```python\n")[2].partition("```")[0]
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    sizes, tests = {"omniglot": (55, 1345, 5), "caltech": (20, 6, 5), "static": (20, 6, 5),
+                    "frey": (1565, 200, 200)}, {}
+    for name, size in sizes.items():
+        loaded = data.load(f"{name}.npz", binarize="none")
+        assert (len(loaded.train), len(loaded.val), len(loaded.test)) == size
+        tests[name] = loaded.test.numpy()
+    fortran = bits["test"].reshape(-1, 28, 28).reshape(-1, 784, order="F")
+    assert np.array_equal(tests["omniglot"], fortran.astype(np.float32))
+    assert np.array_equal(tests["caltech"], 255 * (1 - fortran))
+    assert np.array_equal(tests["static"], 255 * bits["test"])
+    assert loaded.image_shape == (28, 20) and loaded.train.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("name, svhn", [("cifar10", False), ("svhn", True)])
+def test_colour_sets_are_read_by_torchvision_and_never_fetched(name, svhn, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=f"^{name}: .*(must lie in {tmp_path}|pip install)"):
+        data.load(name, tmp_path, "none")
+    x = np.random.RandomState(0).randint(0, 256, (5030, 32, 32, 3)).astype(np.uint8)
+
+    class Fake:
+        def __init__(self, root, train=None, split=None, download=False):
+            assert (root, download) == (str(tmp_path), False)
+            part = slice(None) if train or split == "train" else slice(9)
+            self.data = x[part].transpose(0, 3, 1, 2) if svhn else x[part]
+            y = np.arange(5030)[part]
+            setattr(self, "labels" if svhn else "targets", y if svhn else list(y))
+    monkeypatch.setattr(torchvision.datasets, data.COLOUR[name][0], Fake)
+    loaded = data.load(name, tmp_path, "none")
+    for part, wanted in ("train", x[:30]), ("val", x[30:]), ("test", x[:9]):
+        assert np.array_equal(getattr(loaded, part).numpy(), wanted.reshape(-1, 3072))
+    assert loaded.image_shape == (32, 32, 3) and loaded.val_labels.tolist() == [*range(30, 5030)]
+    for mode in ("dynamic", "static"):
+        with pytest.raises(ValueError, match="colour is not binarised; use --likelihood logistic"):
+            data.load(name, tmp_path, mode)
 
 
 def test_sha256_is_of_the_grey_splits(tmp_path):
@@ -286,6 +367,14 @@ def test_sha256_is_of_the_grey_splits(tmp_path):
         (np.nan, "nan to nan"), (np.inf, "to inf"), (-0.1, "from -0.1"))],
     (npz(x=GREY.astype(np.int64)), "int64"), (npz(x=np.full((20, 4), "a")), "<U1"),
     (npz(x=GREY[:9]), "N >= 10"), (npz(x=GREY[:, :0]), "shape"), (npz(x=GREY[..., None]), "shape"),
+    (npz(x=COLOUR.transpose(0, 3, 1, 2)), r"\(N, H, W, 3\): x.transpose\(0, 2, 3, 1\)"),
+    (npz(x=np.tile(COLOUR, 2)[..., :4]), r"four channels.*\(N, H, W, 3\)"),
+    (npz(x_train=GREY, x_test=GREY), "no x_val beside"), (npz(x_val=GREY), "no x_train and no x_te"),
+    (npz(**OWN | {"x_val": GREY[:0]}), "none empty"), (npz(**OWN | {"x_val": FLOAT}), "alike"),
+    (npz(**OWN | {"x_test": GREY[:, :5]}), r"alike.*\(40, 5, 5\)"),
+    (npz(**OWN, y_train=np.arange(25)), "no y_val and no y_test"),
+    (npz(**OWN, y_train=np.arange(24), y_val=np.arange(10), y_test=np.arange(6)), "labels"),
+    (npz(**OWN, y_train=np.ones(25), y_val=np.ones(10), y_test=np.ones(5)), "40 integers"),
     (npz(a=GREY, b=GREY), "2 others"), (npz(y=LABELS), "0 others"), (b"not a zip", "not a zip"),
     (npz(x=GREY, y=np.arange(39)), "40 integers"), (npz(x=GREY, y=np.ones(40)), "40 integers"),
     (npz(x=OBJECTS), "object"), (npz(x=GREY, y=OBJECTS[:, 0]), "object"),

@@ -3,6 +3,7 @@
 Comparisons are made in float64 unless a test says otherwise; every random number has its seed.
 """
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -15,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import models
 from models import (MODELS, PRIORS, Config, MixturePrior, StandardPrior, VampPrior, build,
-                    log_bernoulli, log_mixture, log_normal)
+                    gaussian_pixels, log_bernoulli, log_logistic, log_mixture, log_normal,
+                    logistic_pixels)
 
 each_cell = pytest.mark.parametrize("model, prior", [(m, p) for m in MODELS for p in PRIORS])
 
@@ -393,8 +395,82 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(model, prior, leve
         assert torch.isfinite(t).all()
 
 
+def levels(*shape):
+    """All 256 grey levels along the first axis."""
+    return (torch.arange(256.0).double() / 255).reshape(-1, *[1] * len(shape)).expand(-1, *shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.double, torch.float])
+@pytest.mark.parametrize("logscale", [-12.0, -4.5, -2.0, 0.0, 6.0])
+def test_log_logistic_sums_to_one_and_equals_the_plain_form(dtype, logscale):
+    mean = torch.tensor([-3.0, 0, 1 / 512, 0.3, 0.5, 1, 40])[:, None].to(dtype)
+    value = log_logistic(levels(7, 1), mean, torch.full_like(mean, logscale))
+    assert value.dtype == dtype and (value.double().exp().sum(0) - 1).abs().max() <= 1e-6
+    # P(level) as a difference of the cdf at the bin's ends, where that has digits left
+    ends = torch.arange(257, dtype=torch.double)[:, None] / 256
+    ends[0], ends[-1] = -math.inf, math.inf
+    cdf = torch.sigmoid((ends - mean[:, 0].double()) / math.exp(logscale))
+    plain = cdf.diff(dim=0)
+    sound = plain > 1e-9
+    assert sound.sum() > 7
+    torch.testing.assert_close(value.double()[sound], plain[sound].log(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("logscale", [-30.0, -4.5, 0.0, 30.0])
+@pytest.mark.parametrize("mean", [-50.0, 0.0, 0.5, 50.0])
+def test_log_logistic_keeps_its_gradient_in_the_tails(mean, logscale):
+    at = [torch.full((256, 1), v).requires_grad_() for v in (mean, logscale)]
+    value = log_logistic(levels(1).float(), *at)
+    slopes = torch.autograd.grad(value.sum(), at)
+    assert all(torch.isfinite(t).all() for t in (value, *slopes))
+    if abs(mean) == 50 and logscale < 30:    # towards the level; clamped probabilities have no slope
+        assert (slopes[0][1:255] * mean < 0).all()
+
+
+def test_pixels_of_a_decoders_outputs():
+    """The mean is a sigmoid, the log scale in [-4.5, 0]; a Gaussian's is the logistic's."""
+    x, outputs = levels(3), torch.tensor([0.0, 2, -3, -9, -1, 5], dtype=torch.double)
+    mean, logscale = outputs[:3].sigmoid(), torch.tensor([-4.5, -1, 0], dtype=torch.double)
+    torch.testing.assert_close(logistic_pixels(x, outputs), log_logistic(x, mean, logscale))
+    torch.testing.assert_close(gaussian_pixels(x, outputs), normal(x, mean, 2 * logscale))
+    for name in ("logistic", "gaussian"):
+        log_px, image, count = models.LIKELIHOODS[name]
+        assert count == 2 and torch.equal(image(outputs), mean)
+        assert log_px(x.float(), outputs.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
+@pytest.mark.parametrize("model", MODELS)
+@torch.no_grad()
+def test_models_use_their_likelihood(model, likelihood):
+    ours, x = small(model, likelihood=likelihood), torch.randint(0, 256, (4, 6)) / 255
+    latents = [z for z, _, _ in ours.latents(x, seeded(3)).values()]
+    outputs = ours.decode(*latents)
+    assert outputs.shape == (4, 12)
+    torch.testing.assert_close(ours.reconstruct(x, seeded(3)), outputs[:, :6].sigmoid())
+    images = ours.sample(9, seeded(0))
+    assert images.shape == (9, 6) and 0 <= images.min() and images.max() <= 1
+    mean, spread = torch.linspace(0, 1, 6), torch.tensor([0, 0.01, 0.05, 0.1, 0.3, 0.5])
+    ours.set_output_bias(mean, spread)
+    ours.output.weight.zero_()
+    recon, density = ours.terms(x, 2, seeded(0))["recon"], getattr(models, f"{likelihood}_pixels")
+    torch.testing.assert_close(recon, density(x, ours.output.bias).expand(2, -1))
+    mean_, logscale = models.mean_and_logscale(ours.output.bias)
+    torch.testing.assert_close(mean_, mean.clamp(0.01, 0.99))
+    torch.testing.assert_close(logscale[2:5].exp(), spread[2:5])
+    assert (logscale > -4.5).all() and (logscale < 0).all()     # where the clamp lets gradients pass
+
+
+def test_a_config_of_before_the_likelihoods_is_bernoulli():
+    old = {"model": "vae", "prior": "vamp", "x_dim": 6, "hidden": 5, "z_dim": 2, "components": 3,
+           "learned_weights": False}
+    assert build(old).config.likelihood == "bernoulli" and build(old).output.bias.shape == (6,)
+    assert [field.name for field in dataclasses.fields(Config)][:7] == list(old)
+
+
 @pytest.mark.parametrize("field, value", [
     ("prior", "vampire"), ("prior", None), ("model", "gan"), ("components", 0), ("z_dim", -1),
+    ("likelihood", "poisson"),
     ("components", "5"), ("x_dim", True), ("learned_weights", 1), ("components", 10**7 + 1)])
 def test_config_names_what_is_wrong(field, value):
     with pytest.raises(ValueError, match=f"{field}|{value}"):

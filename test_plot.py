@@ -191,6 +191,25 @@ def test_tsne_is_drawn_when_asked_for_and_its_library_is_there(tmp_path, monkeyp
     assert "pip install scikit-learn" in capsys.readouterr().err
 
 
+def test_colour_is_drawn_as_colour_and_grey_beside_it(tmp_path, runs):
+    folder, rng = fake_run(tmp_path / "vamp"), np.random.default_rng(0)
+    with np.load(folder / "arrays.npz") as file:
+        a = dict(file)
+    for name in ("images", "reconstructions", "samples", "pseudo_inputs", "pseudo_samples", "walks",
+                 "neighbours", "film"):
+        a[name] = rng.uniform(0, 0.9, (*a[name].shape[:-1], 60))
+    np.savez(folder / "arrays.npz", **a | {"image_shape": [5, 4, 3]})
+    run, = plot.read_runs([folder])
+    for fig, name in ((plot.draw_samples([run]), "samples"), (plot.draw_pseudo_inputs(run),
+                      "pseudo_inputs"), (plot.draw_reconstructions(run), "images"),
+                      (plot.draw_samples([run, runs[0]]), "samples")):
+        canvas = fig.axes[0].images[0].get_array()
+        assert np.array_equal(canvas[:5, :4], a[name][0].reshape(5, 4, 3))
+        assert np.array_equal(canvas[:5, 5:9], a[name][1].reshape(5, 4, 3))
+    beside = runs[0].arrays["samples"][0].reshape(5, 4, 1).repeat(3, -1)
+    assert np.array_equal(canvas[15:20, :4], beside)     # below two rows of colour and a gap of four
+
+
 def test_latents_are_drawn_on_the_principal_axes(runs):
     for run, ax in zip(runs, plot.COMPARISON_FIGURES["latents"](runs).axes, strict=True):
         z = run.arrays["latent_means"] - (centre := run.arrays["latent_means"].mean(0))
@@ -242,6 +261,9 @@ def test_bars_and_histogram(runs):
                 assert same_color(bars[0].get_facecolor(), color)
             assert [bars.get_label() for bars in ax.containers] == ["active: 3", "inactive: 4"]
         (ax,), log_px = plot.MODEL_FIGURES["likelihood"](run).axes, run.arrays["log_px"]
+        assert "bits" not in ax.get_title()
+        known = run._replace(metrics=run.metrics | {"bits_per_dim": stat(4.5678, 0.02)})
+        assert "4.568 bits per dim" in plot.draw_likelihood(known).axes[0].get_title()
         *bars, span = ax.patches
         edges = [bars[0].get_x() - 1e-6, *(bar.get_x() + bar.get_width() + 1e-6 for bar in bars)]
         assert [bar.get_height() for bar in bars] == list(np.histogram(log_px, edges)[0])

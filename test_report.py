@@ -93,6 +93,17 @@ def test_only_what_was_measured_alike_is_compared(tmp_path, change, nll, paper):
     assert change.get("note", "") in "".join(lines)
 
 
+def test_bits_per_dimension_have_a_column_where_a_model_has_them(tmp_path):
+    for name, bits in ("vamp", {"bits_per_dim": stat(4.57, 0.02)}), ("mog", {}), (
+            "vae", {"bits_per_dim": stat(4.63, 0.02)}):
+        fake_run(tmp_path / name, **bits)
+    assert report.main([str(tmp_path)]) == 0
+    table = rows((tmp_path / "comparison.md").read_text())
+    assert [line.rpartition(" | ")[2] for line in table[:4]] == ["Bits/dim", "4.63", "**4.57**", "-"]
+    assert report.main([str(tmp_path), "--models", "mog"]) == 0
+    assert "Bits" not in (tmp_path / "comparison.md").read_text()
+
+
 def test_comparison_and_terminal(tmp_path, capsys):
     fake_run(tmp_path / "vamp")
     fake_run(tmp_path / "vae", nll=stat(101.5, 0.3), label="VAE |\nstandard")

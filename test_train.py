@@ -201,7 +201,8 @@ def test_the_epoch_kept_is_the_best_at_beta_1_and_patience_counts_from_it(digits
     assert extra["train_seconds"] == pytest.approx(seconds) and seconds > 0
 
 
-@pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999)])
+@pytest.mark.parametrize("data, count", [("large", 10_000), ("small", 9_999), ("small", 3_000),
+                                         ("tiny", 2_999)])
 @pytest.mark.parametrize("name", train.RECIPES)
 def test_flags_override_the_recipe_of_the_data_size(name, data, count):
     args, record = train.settle(train.parse_args(["--recipe", name, "--lr", "0.5"]), count)
@@ -442,6 +443,110 @@ def test_slow_load(digits, tmp_path):
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 6_000_000     # kB
 
 
+# ------------------------------------------------------------------- likelihoods, grey and colour
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory):
+    """A user's npz of 140 grey images of 28 x 20 in splits of its own: noise about five patterns."""
+    rng = np.random.default_rng(1)
+    x = 60 + 120 * (rng.random((5, 28, 20)) > 0.5)[rng.integers(0, 5, 140)]
+    x = (x + rng.normal(0, 4, x.shape)).astype(np.uint8)
+    path = tmp_path_factory.mktemp("data") / "faces.npz"
+    np.savez(path, x_train=x[:100], x_val=x[100:120], x_test=x[120:])
+    return path
+
+
+@pytest.mark.parametrize("likelihood", ["logistic", "gaussian"])
+@pytest.mark.parametrize("prior", ["standard", "vamp"])
+@pytest.mark.parametrize("model", models.MODELS)
+def test_grey_images_train_in_every_cell(model, prior, likelihood, faces, tmp_path):
+    out = fit(tmp_path / "run", faces, "--likelihood", likelihood, "--model", model, "--prior", prior,
+              "--epochs", 2, "--warmup", 0)
+    config = json.loads((out / "config.json").read_text())
+    assert config["model"]["likelihood"] == config["args"]["likelihood"] == likelihood
+    assert config["args"]["binarize"] == "none"
+    first, last = (float(row["val_elbo"]) for row in rows(out))
+    assert last > first
+
+
+def test_pseudo_inputs_and_bias_start_at_the_grey_images(faces):
+    data = datasets.load(str(faces), binarize="none")
+    args = train.settle(train.parse_args(["--likelihood", "logistic"]), 100)[0]
+    run = train.start(args, models.Config(x_dim=560, components=250, likelihood="logistic"), data,
+                      torch.device("cpu"))
+    torch.manual_seed(0)
+    wanted = data.train[torch.randperm(100).repeat(3)[:250]] / 255     # repeated: there are but 100
+    assert torch.equal(run.model.prior.u, wanted)
+    spread = (data.train.double() / 255).std(0, correction=0)
+    found = run.model.output.bias[560:].double().exp()
+    torch.testing.assert_close(found, spread.clamp_min(math.exp(-4)), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
+def test_the_floor_is_of_the_training_images_mean_and_spread(likelihood, faces):
+    data = datasets.load(str(faces), binarize="none")
+    x, val = data.train.double() / 255, data.val.double() / 255
+    mean, std = x.mean(0), x.std(0, correction=0)
+    plain = {"bernoulli": lambda: (val * mean.log() + (1 - val) * (1 - mean).log()).sum(1),
+             "logistic": lambda: models.log_logistic(val, mean, std.clamp_min(math.exp(-4)).log()),
+             "gaussian": lambda: torch.distributions.Normal(mean, std.clamp_min(math.exp(-4)))
+                         .log_prob(val).sum(1)}[likelihood]()
+    assert train.mean_image_elbo(data, likelihood) == pytest.approx(plain.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("elbo, code", [(-2000.0, 0), (-3500.0, 1)])
+def test_the_floor_of_a_density_lies_below_its_positive_level(elbo, code, tmp_path, monkeypatch):
+    x = np.random.default_rng(0).normal(0.5, 0.02, (50, 400))       # a density of e^1000
+    np.save(tmp_path / "x.npy", x)
+    assert train.mean_image_elbo(datasets.load(tmp_path / "x.npy", "", "none"), "gaussian") > 900
+    monkeypatch.setattr(train, "validate", lambda *args: {"val_elbo": elbo})
+    fit(tmp_path / "run", tmp_path / "x.npy", "--likelihood", "gaussian", code=code)
+
+
+@pytest.mark.parametrize("data, flags, said", [
+    ("grey", ["--binarize", "none"], ["grey", "--likelihood logistic", "gaussian"]),
+    ("grey", ["--likelihood", "logistic", "--binarize", "dynamic"], ["--binarize none"]),
+    ("grey", ["--likelihood", "gaussian", "--binarize", "static"], ["--binarize none"]),
+    ("black", ["--likelihood", "logistic"], ["black and white", "bernoulli"]),
+    ("black", ["--likelihood", "gaussian"], ["black and white", "bernoulli"]),
+    ("floats", ["--likelihood", "logistic"], ["256 levels", "gaussian"]),
+    ("colour", [], ["colour", "--likelihood logistic"]),
+    ("colour", ["--binarize", "none"], ["grey", "--likelihood logistic"]),
+    ("four", ["--likelihood", "logistic"], ["(N, H, W, 3)"])])
+def test_contradictions_are_one_line_and_nothing_is_written(data, flags, said, tmp_path, capsys):
+    x = np.random.default_rng(0).random((20, 4, 4, 4))
+    x = {"grey": np.uint8(255 * x[..., 0]), "black": x[..., 0] > 0.5, "floats": x[..., 0],
+         "colour": np.uint8(255 * x[..., :3]), "four": x}[data]
+    np.save(tmp_path / "x.npy", x)
+    fit(tmp_path / "run", tmp_path / "x.npy", *flags, code=2)
+    one_line(capsys, *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bernoulli_of_grey_pixels_is_allowed_and_marked(digits, tmp_path, capsys):
+    flags = ["--epochs", 1, "--binarize", "none"]
+    out = fit(tmp_path / "grey", digits, *flags, "--likelihood", "bernoulli")
+    assert json.loads((out / "config.json").read_text())["args"]["binarize"] == "none"
+    assert "no log-likelihood" in capsys.readouterr().err
+    np.save(tmp_path / "black.npy", np.random.default_rng(0).random((50, 64)) > 0.5)
+    out = fit(tmp_path / "black", tmp_path / "black.npy", *flags)       # needs no choice and no note
+    config = json.loads((out / "config.json").read_text())
+    assert config["args"]["likelihood"] == "bernoulli" and "note" not in capsys.readouterr().err
+
+
+def test_another_likelihood_is_another_run(faces, whole, digits, tmp_path, capsys):
+    out, flags = tmp_path / "run", ["--epochs", 1, "--likelihood"]
+    fit(out, faces, *flags, "logistic")
+    fit(out, faces, *flags, "gaussian", "--resume", code=2)
+    one_line(capsys, "likelihood", "logistic", "gaussian")
+    shutil.copytree(whole, tmp_path / "old")        # of before there was a choice
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["args"]["likelihood"], config["model"]["likelihood"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    fit(tmp_path / "old", digits, "--resume")
+
+
 # -------------------------------------------------------------------------------------- trouble
 
 
@@ -500,7 +605,8 @@ def test_divergence_keeps_the_best_weights(digits, tmp_path, capsys, monkeypatch
 @pytest.mark.parametrize("flags, said", [
     (["--prior", "vampire"], "vampire"), (["--model", "vqvae"], "vqvae"), (["--lr", "nan"], "nan"),
     (["--pseudo-inputs", "0"], "0 is not from 1"), (["--epochs", "many"], "many"),
-    (["--lr", "-1"], "-1"), (["--resume"], "--out"), (["--recipe", "fast"], "fast")])
+    (["--lr", "-1"], "-1"), (["--likelihood", "poisson"], "poisson"),
+    (["--resume"], "--out"), (["--recipe", "fast"], "fast")])
 def test_bad_flags(flags, said, capsys):
     with pytest.raises(SystemExit) as stop:
         train.main(flags)

@@ -27,7 +27,8 @@ from pathlib import Path
 import torch
 
 import data as datasets
-from models import DEVICES, MODELS, PRIORS, Config, build, log_bernoulli, pick_device
+from models import (DEVICES, LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters,
+                    pick_device)
 
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
@@ -36,6 +37,8 @@ WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "datase
 
 
 FILMED = 16         # pseudo-inputs whose course over the epochs is kept for a figure
+# what older runs, which do not record it, have
+OLDER = {"likelihood": "bernoulli"}
 
 
 class Diverged(Exception):
@@ -45,17 +48,21 @@ class Diverged(Exception):
 # ------------------------------------------------------------------------------------ arguments
 
 # What these flags are when they are not given. Data sets of fewer than SMALL training images take
-# the second line: few images make few batches, and overfit soon.
+# the second line: few images make few batches, and overfit soon. Fewer than TINY take the third: as
+# many steps as the second has of 4,000.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
 RECIPES = {
     "default": {"large": (340, 1000, 1.2e-2, 20, 0.996, 0.08, 500),
-                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
+              "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
     "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500),
-             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500)},
+             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
+             "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
     "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.08, 50),
-              "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
+              "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50),
+              "tiny": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
 }
-SMALL = 10_000
+SMALL, TINY = 10_000, 3_000
 PRECISIONS = ("float32", "bfloat16")
 CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is float32
 
@@ -68,17 +75,22 @@ def parse_args(argv=None):
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
     group.add_argument("--learned-weights", action="store_true",
                        help="learn the mixture's weights; otherwise 1/K each")
+    group.add_argument("--likelihood", choices=LIKELIHOODS, help=(
+        "of the pixels. bernoulli: black and white ones. logistic: 256 grey levels, also per colour "
+        "channel. gaussian: a density of floats in [0, 1] (default: bernoulli; for grey data there "
+        "is none)"))
     group.add_argument("--hidden", type=count, default=300, help="units of a hidden layer")
     group.add_argument("--z-dim", type=count, default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
     group.add_argument("--recipe", choices=RECIPES, default="default",
                        help="values of the flags that are not given; each has its own for data sets "
-                            f"of fewer than {SMALL:,} training images")
+                            f"of fewer than {SMALL:,} and of fewer than {TINY:,} training images")
 
     def by_recipe(flag, kind, text, **more):
         column = RECIPE_FLAGS.index(flag[2:].replace("-", "_"))
-        large, small = (values[column] for values in RECIPES["default"].values())
-        more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets)"
+        large, small, tiny = (values[column] for values in RECIPES["default"].values())
+        more["help"] = f"{text} (default: the recipe's, {large}; {small} for small data sets" + (
+            f", {tiny} for tiny ones)" if tiny != small else ")")
         group.add_argument(flag, type=kind, default=argparse.SUPPRESS, **more)
 
     by_recipe("--pseudo-inputs", count, "components of the vamp or mog prior", metavar="K")
@@ -130,12 +142,41 @@ def _number(kind, low, high):
 def settle(args, train_images):
     """(args, recipe): the flags with the recipe's values where they were not given, and a record of
     what came from where."""
-    size = "small" if train_images < SMALL else "large"
+    size = "tiny" if train_images < TINY else "small" if train_images < SMALL else "large"
     values = dict(zip(RECIPE_FLAGS, RECIPES[args.recipe][size]))
     changed = {flag: value for flag, value in vars(args).items()
                if flag in values and value != values[flag]}
     return (argparse.Namespace(**(values | vars(args))),
             {"name": args.recipe, "size": size, "values": values, "changed": changed})
+
+
+def settle_likelihood(args):
+    """Fills in --binarize where it was not given; ValueError if it contradicts --likelihood."""
+    grey = args.likelihood in ("logistic", "gaussian")
+    args.binarize = args.binarize or ("none" if grey else "dynamic")
+    if grey and args.binarize != "none":
+        raise ValueError(f"--likelihood {args.likelihood} needs grey pixels, which --binarize "
+                         f"{args.binarize} removes; use --binarize none")
+
+
+def check_likelihood(name, data):
+    """The likelihood's name, of those that suit the data's pixels. ValueError if `name` is none."""
+    if data.binarize != "none":
+        return "bernoulli"
+    if datasets.is_black_and_white(data.train):
+        if name in ("logistic", "gaussian"):
+            raise ValueError(f"{data.name} is black and white: --likelihood {name} is for grey "
+                             "pixels; use bernoulli")
+        return "bernoulli"
+    if name is None:
+        raise ValueError(f"{data.name} with --binarize none is grey: choose --likelihood logistic "
+                         "(256 levels) or gaussian (continuous); or --binarize dynamic")
+    if name == "logistic" and data.train.dtype != torch.uint8:
+        raise ValueError(f"{data.name} has values that are no multiple of 1/255: --likelihood "
+                         "logistic needs 256 levels; use gaussian, or save it as uint8")
+    if name == "bernoulli":
+        print(f"note: {datasets.note_of(data, name)}", file=sys.stderr)
+    return name
 
 
 def has_bfloat16(device):
@@ -193,7 +234,8 @@ def compare_settings(path, settings):
             raise ValueError(f"{path} is of a run on other images ({there.get('name')}) than these "
                              f"({here['name']}); use the same data, or give another --out")
         for name in sorted(here.keys() | there.keys()):
-            if here.get(name) != there.get(name) and name not in WHERE:
+            there.setdefault(name, OLDER.get(name))
+            if here.get(name) != there[name] and name not in WHERE:
                 raise ValueError(f"{path} has {name} = {there.get(name)!r}, this call "
                                  f"{here.get(name)!r}; use the same settings, or give another --out")
 
@@ -269,11 +311,12 @@ def start(args, config, data, device):
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     pick = torch.randperm(len(data.train))[:config.components]
     u = None
-    if config.prior == "vamp":          # training images, binarised, repeated if there are few
-        u = datasets.binarise(data.train[pick.repeat(-(-config.components // len(pick)))
-                                         [:config.components].to(device)]).cpu()
+    if config.prior == "vamp":          # training images as a batch has them, repeated if few
+        u = data.batch(pick.repeat(-(-config.components // len(pick)))
+                       [:config.components].to(device)).cpu()
     model = build(config, u)
-    model.set_output_bias(mean_image(data.train).cpu())
+    mean = mean_image(data.train)
+    model.set_output_bias(mean.cpu(), spread_image(data.train, mean).cpu())
     model.to(device)
     average = build(config).to(device)
     average.load_state_dict(model.state_dict())
@@ -294,10 +337,20 @@ def mean_image(x):
                for part in x.split(10_000)).div(len(x)).float()
 
 
-def mean_image_elbo(data):
-    """Validation log-likelihood of independent pixels at the training mean: what no model may miss."""
-    logits = torch.logit(mean_image(data.train).clamp(0.01, 0.99))
-    return log_bernoulli(mean_image(data.val), logits).item()
+def spread_image(x, mean):
+    """Standard deviation of the pixels (D,) over a split about its mean image, in blocks."""
+    return sum((datasets.pixels(part) - mean).square().sum(0, dtype=torch.float64)
+               for part in x.split(10_000)).div(len(x)).sqrt().float()
+
+
+def mean_image_elbo(data, likelihood="bernoulli"):
+    """Validation log-likelihood of independent pixels with the training images' mean and spread:
+    what no model may miss."""
+    mean = mean_image(data.train)
+    parameters = constant_parameters(likelihood, mean, spread_image(data.train, mean))
+    log_prob = LIKELIHOODS[likelihood][0]
+    return sum(log_prob(datasets.pixels(part), parameters).sum().item()
+               for part in data.val.split(1000)) / len(data.val)
 
 
 # --------------------------------------------------------------------------------------- epochs
@@ -376,7 +429,10 @@ def train_epoch(run, args, data, tick=lambda: None):
 
 def fit(run, args, data, out):
     """Trains to the end of the schedule or of the patience; last.pt and log.csv follow each epoch."""
-    floor = 2 * mean_image_elbo(data) - data.train.shape[1]
+    likelihood = run.model.config.likelihood
+    level, bits = mean_image_elbo(data, likelihood), 1 if likelihood == "bernoulli" else 8
+    # the level of a density may be positive; first epochs cost a nat per bit of a pixel, or less
+    floor = level - abs(level) - bits * data.train.shape[1]
     steps = -(-len(data.train) // args.batch_size)
     if not run.epoch:
         run.shoot(args.epochs)
@@ -409,12 +465,14 @@ def fit(run, args, data, out):
 def train(args):
     """The whole run: what there is to say of it, in a sentence."""
     device, out = pick_device(args.device), Path(args.out)
+    settle_likelihood(args)
     data = datasets.load(args.dataset, args.data_dir, args.binarize, args.split_seed,
                          args.strict_data, device)
+    args.likelihood = check_likelihood(args.likelihood, data)
     args, recipe = settle(args, len(data.train))
     args.precision = pick_precision(args.precision, device, out)
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
-                    args.pseudo_inputs, args.learned_weights)
+                    args.pseudo_inputs, args.learned_weights, args.likelihood)
     settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
                 "data": {"name": data.name, "note": data.note, "train": len(data.train),
                          "image_shape": list(data.image_shape), "sha256": data.sha256},
