@@ -221,9 +221,9 @@ def recipe_block(path):
 
 
 def plane_block(named):
-    """A line of Markdown: the ELBOs of the models with two latents, and what they rest on."""
+    """A line of Markdown: the ELBOs of the models with two latents."""
     elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for _, m in named)
-    return f"ELBO: {elbos} ({named[0][1]['epochs']} epochs; {' '.join(data_lines(named))[:-1]})."
+    return f"Test ELBO after {named[0][1]['epochs']} epochs, one seed: {elbos} nats per image."
 
 
 def blocks(assets):

@@ -30,7 +30,7 @@ def assets(tmp_path_factory):
     """Records in which no two models' numbers are alike: short runs, long ones, speed, recipe."""
     folder = tmp_path_factory.mktemp("assets")
     for i, run in enumerate(("runs/hvamp", "runs/vae", "runs/vamp", "paper/hvae", "paper/vae",
-                             "paper/hvamp", "paper/vamp", "runs-5000/vae"), 1):
+                             "paper/hvamp", "paper/vamp", "runs-5000/vae", "plane/vae"), 1):
         layers = {"kl1": stat(8 + i, 0.3), "kl2": stat(17 + i, 0.4)} if "/h" in run else {}
         fake_run(folder / run, recon=stat(-60 - i, 0.1), kl=stat(20 + i, 0.2), **layers,
                  elbo=stat(-80 - 2 * i, 0.3), nll=stat(90 - i, 0.01 * i), train_seconds=600.0 * i,
@@ -65,6 +65,8 @@ def test_every_column_comes_from_its_source(assets):
         "VAE + VampPrior | z 3 of 7 | - | - | 24.0 of 30 (80%)",
         "HVAE + VampPrior | z1 1 of 7, z2 0 of 7 | 9.00 | 18.00 | 24.0 of 30 (80%)"]
     assert rows(blocks["paper"])[1].split(" | ")[4] == "85.00"
+    assert blocks["plane"] == ("Test ELBO after 12 epochs, one seed: VAE + standard prior -98.00 ± "
+                               "0.30 nats per image.")
     assert rows(blocks["runs-5000"])[1].split(" | ")[4] == "82.00"
     assert blocks["recipe"].splitlines()[4:] == ["| base | -87.30 ± 0.10 | 3 | 60 | yes |"]
     assert rows(blocks["speed"]) == [       # what compares ours with ours is no speed-up
