@@ -216,6 +216,13 @@ def test_pictures_show_what_they_are_named_for(whole):
             assert torch.equal(got["neighbours"], datasets.pixels(data.train)[far[1]])
 
 
+def test_the_nearest_of_many_images_may_lie_in_any_block():
+    train = torch.randint(0, 256, (23_000, 6), generator=seeded(0)).to(torch.uint8)
+    where = [7, 10_001, 22_999]
+    images, far = evaluate.nearest(datasets.pixels(train[where]), train)
+    assert torch.equal(images, datasets.pixels(train[where])) and far.max() < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["whole", "hwhole"])
 def test_a_walk_leads_from_one_reconstruction_to_the_other(kind, request):
     model, data, _ = evaluate.load_run(request.getfixturevalue(kind))
