@@ -505,8 +505,8 @@ def draw_tsne(runs):
         perplexity = min(30, max(1, len(z) // 4))
         points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(z)
         scatter_codes(ax, run, points, legend)
-        ax.set(title=f"{run.label}\nt-SNE of {len(z):,} posterior means", xticks=[], yticks=[],
-               xlabel="axes have no unit, distances between groups no meaning")
+        ax.set(title=f"{run.label}\nt-SNE of {len(z):,} posterior means", xticks=[], yticks=[])
+    fig.supxlabel("axes have no unit, distances between groups no meaning", fontsize=7.5)
     fig.legend(legend.values(), legend, loc="outside upper center", ncols=10)
     return fig
 
