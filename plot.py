@@ -23,135 +23,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
+from records import ACTIVE, PARTS, find_models, measured, read_runs
+
 # labels come from files, and a dollar sign in one must not start a formula
 matplotlib.rcParams.update({
     "text.parse_math": False, "font.size": 8.5, "axes.titlesize": 9, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": 7.5, "legend.title_fontsize": 7.5,
     "legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 3,
     "savefig.dpi": 150, "savefig.bbox": "tight", "savefig.pad_inches": 0.06})
-ORDER = ("vae", "vamp", "hvae", "hvamp")
-# Okabe and Ito's palette, for colour-blind readers; markers say it again
-LOOKS = {("vae", "standard"): ("#D55E00", "o"), ("vae", "vamp"): ("#0072B2", "s"),
-         ("hvae", "standard"): ("#E69F00", "^"), ("hvae", "vamp"): ("#009E73", "D"),
-         ("vae", "mog"): ("#CC79A7", "v"), ("hvae", "mog"): ("#56B4E9", "P")}
-SPARE = (("#000000", "X"), ("#7F3C8D", "*"), ("#8B6914", "p"))    # for a second run of a kind
 NATS = "nats per image"
-PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
-ACTIVE = 0.01           # variance of the posterior mean over the images, Burda et al. (2016)
 SHOWN = 6000            # points in a latent space; more hide each other
 EMBEDDED = 3000         # of them t-SNE, whose time grows fast
 MARGIN = {"fontsize": 6.5, "color": "0.4"}
-
-Run = collections.namedtuple("Run", "label metrics log arrays color marker")    # one model
-
-
-@contextlib.contextmanager
-def reading(path, script):
-    """Inside it, what goes wrong names the file and the script that writes it."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: run {script} first")
-    try:
-        yield
-    except Exception as error:      # a damaged archive raises nearly anything in zipfile and numpy
-        what = f"it lacks {error}" if isinstance(error, KeyError) else files.one_line(error)
-        raise ValueError(f"{path} is damaged ({what}): run {script} again") from None
-
-
-def read_metrics(path):
-    """metrics.json of evaluate.py as a dict; a missing standard error (of one image) is 0."""
-    with reading(path, "evaluate.py"):
-        m = json.loads(path.read_text(encoding="utf-8"))
-        layers = ["kl1", "kl2"] if m["model"] == "hvae" else []
-        mixture = ["components", "components_used"] if m["prior"] != "standard" else []
-        for key in ("label note binarize samples images epochs best_epoch train_seconds seconds "
-                    "active_units latent_dims").split() + mixture:
-            m[key]      # a KeyError now, rather than half-way
-        for key in ["recon", "kl", "elbo", "nll", *layers]:
-            m[key]["se"] = m[key]["se"] or 0
-            if not math.isfinite(m[key]["mean"] + m[key]["se"]):
-                raise ValueError(f"{key} is not finite")
-        # a user's file is named without its folders, which are nobody's business in a figure
-        return m | {"dataset": Path(m["dataset"]).name}
-
-
-def read_arrays(path, m):
-    """arrays.npz of evaluate.py as {name: array}, checked against metrics m."""
-    with reading(path, "evaluate.py"):
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        N, n, size = m["images"], len(arrays["images"]), arrays["image_shape"].prod()
-        p, K = len(arrays.get("pseudo_use", ())), m.get("components")
-        axes = 3 if len(arrays["image_shape"]) == 3 else 2
-        shapes = {"image_shape": (axes,), "images": (n, size), "reconstructions": (n, size),
-                  "samples": (len(arrays["samples"]), size), "log_px": (N,)}
-        for layer, D in m["latent_dims"].items():
-            shapes |= {f"kl_per_dim_{layer}": (D,), f"variance_{layer}": (D,)}
-        shapes |= {"latent_means": (N, D)} | ({"labels": (N,)} if "labels" in arrays else {})
-        if m["prior"] != "standard":
-            shapes |= {"component_mu": (K, D), "component_use": (K,)}
-        shapes |= {"walks": (*arrays["walks"].shape[:2], size), "sample_distance": (len(
-            arrays["neighbours"]),), "neighbours": (len(arrays["sample_distance"]), size),
-            "reconstruction_distance": (n,)}
-        if m["model"] == "hvae":
-            shapes["shared_z2"] = (*arrays["shared_z2"].shape[:2], size)
-        if "film" in arrays:
-            shapes |= {"film": (*(frames := arrays["film"].shape[:2]), size),
-                       "film_epochs": frames[:1]}
-        if D == 2:
-            points, tiles = (len(arrays[f"plane_{name}"]) for name in ("log_prior", "images"))
-            shapes |= {"plane_box": (4,), "plane_log_prior": (points, points),
-                       "plane_images": (tiles, tiles, size), "plane_image_log_prior": (tiles, tiles)}
-        if m["prior"] == "vamp":
-            shapes |= {"pseudo_use": (p,), "pseudo_inputs": (p, size), "pseudo_samples": (p, size)}
-        for name, shape in shapes.items():
-            if arrays[name].shape != shape:
-                raise ValueError(f"{name} has shape {arrays[name].shape}, not {shape}")
-            if N > 1 and not np.isfinite(arrays[name]).all():   # the variance of one is 0 / 0
-                raise ValueError(f"{name} holds NaN or infinity")
-    return {name: arrays[name] for name in shapes}
-
-
-def read_runs(folders):
-    """The evaluated models in these folders as Runs, each with a look of its own."""
-    metrics = [read_metrics(folder / "metrics.json") for folder in folders]
-    labels = distinct_labels([(folder.name, m) for folder, m in zip(folders, metrics)])
-    runs, looks, spare = [], dict(LOOKS), iter(SPARE * len(folders))
-    for folder, m, label in zip(folders, metrics, labels):
-        with reading(path := folder / "config.json", "train.py"):
-            args = json.loads(path.read_text(encoding="utf-8"))["args"]
-            if (args["model"], args["prior"]) != (m["model"], m["prior"]):
-                raise ValueError("its model or prior is not that of metrics.json")
-        with reading(path := folder / "log.csv", "train.py"), open(path, newline="") as file:
-            rows = [*csv.DictReader(file)]
-            log = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
-            if any(not np.isfinite(log[name]).all() for name in ("epoch", "beta", *(
-                    f"{split}_{part}" for split in ("train", "val") for part in PARTS))):
-                raise ValueError("a cell is empty or not finite")
-        look = looks.pop((m["model"], m["prior"]), None) or next(spare)
-        runs.append(Run(label, m, log, read_arrays(folder / "arrays.npz", m), *look))
-    return runs
-
-
-def distinct_labels(named):
-    """The labels of (folder name, metrics) pairs; two equal ones also get their folder's name."""
-    labels = [m["label"] for _, m in named]
-    return [f"{label} ({name})" if labels.count(label) > 1 else label
-            for label, (name, _) in zip(labels, named)]
-
-
-def find_models(folder, names=None):
-    """The evaluated models under a folder: {name: Path}, the paper's four first, or as named."""
-    found = {path.parent.name: path.parent for path in folder.glob("*/metrics.json")}
-    names = names or [n for n in ORDER if n in found] + sorted(set(found) - set(ORDER)) or ["*"]
-    if missing := [str(folder / name) for name in names if name not in found]:
-        raise ValueError(f"no metrics.json in {', '.join(missing)}: run evaluate.py first")
-    return {name: found[name] for name in names}
-
-
-def measured(m):
-    """What two models must have in common for their numbers to be compared."""
-    return tuple(m[key] for key in ("dataset", "note", "binarize", "samples", "images"))
-
 
 def source(runs):
     """The line beneath a figure: the data it shows, with the data set's note if there is one."""
@@ -549,7 +432,8 @@ def draw_planes(runs):
 MODEL_FIGURES = {
     "reconstructions": draw_reconstructions, "samples": lambda run: draw_samples([run]),
     "pseudo_inputs": draw_pseudo_inputs, "film": draw_film, "shared_z2": draw_shared_z2,
-    "latent": lambda run: draw_latents([run]), "likelihood": draw_likelihood, "kl": draw_kl, "curves": draw_curves}
+    "latent": lambda run: draw_latents([run]), "likelihood": draw_likelihood, "kl": draw_kl,
+    "curves": draw_curves}
 COMPARISON_FIGURES = {
     "comparison": draw_comparison, "tradeoff": draw_tradeoff, "dynamics": draw_dynamics,
     "active_units": draw_active_units, "latents": draw_latents,

@@ -18,7 +18,8 @@ import data
 
 HERE = Path(__file__).parent
 NOTEBOOK = HERE / "main.ipynb"
-MODULES = {"os", "matplotlib", "IPython", "torch", "data", "evaluate", "models", "plot"}
+MODULES = {"os", "matplotlib", "IPython", "torch", "data", "evaluate", "models", "plot",
+           "records"}
 
 
 def cells(kind, path=NOTEBOOK):

@@ -10,7 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+import page as pages
 import plot
+import records
 import report
 from test_plot import NOTE, fake_run, stat
 
@@ -88,9 +90,9 @@ def test_every_column_comes_from_its_source(assets):
 def test_only_what_was_measured_alike_is_compared(tmp_path, change, nll, paper):
     fake_run(tmp_path / "vamp", nll=stat(82.003, 0.1))
     fake_run(tmp_path / "mog", **{"nll": stat(82.003, 0.1), "prior": "vamp"} | change)
-    named = report.read_named(tmp_path, ["vamp", "mog"])
-    assert report.stats("nll", [m for _, m in named]) == nll and report.paper(named[1][1]) == paper
-    *lines, last = report.data_lines(named)
+    named = records.read_named(tmp_path, ["vamp", "mog"])
+    assert records.stats("nll", [m for _, m in named]) == nll and report.paper(named[1][1]) == paper
+    *lines, last = records.data_lines(named)
     assert last.startswith("Warning: ") == (len(lines) == 2) == ("*" not in nll[0])
     assert change.get("note", "") in "".join(lines)
 
@@ -190,9 +192,9 @@ def dots(folder, *names, **changes):
         fake_run(folder / name, **changes.get(name, {}))
         unlike = {"vae": {"pseudo_inputs", "film", "shared_z2"}, "vamp": {"shared_z2"},
                   "hvae": {"pseudo_inputs", "film"}}.get(name, set())
-        for figure in {*report.OF_MODEL, *plot.MODEL_FIGURES} - unlike:
+        for figure in {*pages.OF_MODEL, *plot.MODEL_FIGURES} - unlike:
             (folder / name / f"{figure}.png").write_bytes(DOT)
-    for figure in {*report.COMPARED, *plot.COMPARISON_FIGURES}:
+    for figure in {*pages.COMPARED, *plot.COMPARISON_FIGURES}:
         (folder / f"{figure}.png").write_bytes(DOT)
     return folder
 
@@ -226,7 +228,7 @@ def test_page_is_one_file_that_shows_every_figure(drawn):
     assert len(page.all("h1")) == len(page.all("title")) == 1
     assert all(th["scope"] in ("row", "col") for th in page.all("th"))
     headings = re.findall(r"<h2>(.*?)</h2>", source)
-    assert headings == ["What was run", "Results", *(heading for heading, *_ in report.SECTIONS),
+    assert headings == ["What was run", "Results", *(heading for heading, *_ in pages.SECTIONS),
                         "More of each model"]
 
 
@@ -294,7 +296,7 @@ def test_page_reads_the_logs_and_arrays(tmp_path):
         for line, value in zip(lines[1:], values):
             line[lines[0].index("val_elbo")], line[lines[0].index("train_elbo")] = str(value), "3.5"
         path.write_text("\n".join(map(",".join, lines)))
-    text, (vae, hvamp) = Page(folder).text, plot.read_runs([folder / "vae", folder / "hvamp"])
+    text, (vae, hvamp) = Page(folder).text, records.read_runs([folder / "vae", folder / "hvamp"])
     assert ("+4.00 nats and still rising (VAE + standard prior), +0.00 nats and level (HVAE + "
             "VampPrior).") in text
     assert ("In epoch 9 of 40 the ELBO is 3.50 in training and 8.00 in validation, 4.50 nats "
