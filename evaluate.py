@@ -35,6 +35,7 @@ INFER = 100         # images encoded at once
 ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
 NEIGHBOURS = 5      # of the k-NN classifier
 CODED = 50_000      # training images whose codes the classifiers see, at most
+CLASSES = 100       # of more labels than these there is no classifier: they may be names, or numbers
 
 
 # ----------------------------------------------------------------------------------- likelihood
@@ -241,19 +242,20 @@ def plane(model, means, points=160, images=18):
 def classify(model, data, generator):
     """Accuracies on the test images of two classifiers that see the latent means of all layers:
     multinomial logistic regression ("linear probe"), and the majority of the NEIGHBOURS nearest
-    training codes. Training images are binarised as in training. Empty without labels.
+    training codes. Training images are binarised as in training. Empty without classes.
     """
-    if data.test_labels is None:
-        return {}
     some = torch.arange(min(CODED, len(data.train)), device=data.train.device)
+    if data.test_labels is None or len(data.train_labels[some].unique()) > CLASSES:
+        return {}
     train = _codes(model, (data.batch(part, generator) for part in some.split(1000)))
     test = _codes(model, (datasets.pixels(part) for part in data.test.split(1000)))
     classes, labels = data.train_labels[some].unique(return_inverse=True)
     near = torch.cat([torch.cdist(part, train).topk(min(NEIGHBOURS, len(train)), largest=False)[1]
                       for part in test.split(500)])
     guesses = {"knn": labels[near].mode(1)[0], "probe": _probe(train, labels, len(classes))(test)}
-    return {f"{name}_accuracy": (classes[guess] == data.test_labels).double().mean().item()
-            for name, guess in guesses.items()}
+    return {"knn_k": near.shape[1]} | {
+        f"{name}_accuracy": (classes[guess] == data.test_labels).double().mean().item()
+        for name, guess in guesses.items()}
 
 
 @torch.no_grad()
@@ -287,6 +289,17 @@ def pseudo_pictures(model, use, generator, n=40):
     z = mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=generator, device=mu.device)
     return {"pseudo_inputs": model.prior.pseudo_inputs()[top],
             "pseudo_samples": model.generate(z, generator), "pseudo_use": use[top]}
+
+
+def film(model, path):
+    """Arrays of the pseudo-inputs that training kept at some epochs, if any. ValueError."""
+    try:
+        if not (kept := model.extra.get("film")):
+            return {}
+        frames = torch.stack([*kept.values()]).cpu().numpy().astype("float32") / 255
+        return {"film": frames, "film_epochs": np.array([*kept], int)}
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{path}: its film of pseudo-inputs is damaged; train it anew") from None
 
 
 def mean_se(values):
@@ -389,9 +402,7 @@ def main(argv=None):
     metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
                 if name in model.extra}
     metrics["trained_in"] = model.extra["run"]["args"].get("precision", "float32")
-    if film := model.extra.get("film"):
-        frames = torch.stack([*film.values()]).cpu().numpy()
-        arrays |= {"film": frames.astype("float32") / 255, "film_epochs": np.array([*film])}
+    arrays |= film(model, path)
     metrics["model_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

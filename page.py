@@ -91,6 +91,20 @@ def plane(run):
     return f"{s[-2:].sum() / max(s.sum(), 1e-12):.0%}"
 
 
+def latent(runs):
+    """What stands behind the points: the prior's density if all have two latents, or its parts."""
+    if all("plane_box" in run.arrays for run in runs):
+        return "Behind them is the prior's log density; the images are what the plane generates."
+    return ("Rings are the prior's components, circles N(0, I). The two main axes of the means hold "
+            f"{each(runs, plane)} of their variance: what lies along the others is not seen.")
+
+
+def distance(run):
+    """How far samples, and for comparison reconstructions, lie from the training images."""
+    far, usual = (np.median(run.arrays[f"{name}_distance"]) for name in ("sample", "reconstruction"))
+    return f"{far:.1f} beside {usual:.1f} of reconstructed test images"
+
+
 def most_used(run):
     """What share of the images' responsibility the components in the picture take."""
     n = len(plot.pictures(run, "pseudo_inputs", 40, 20))
@@ -115,23 +129,20 @@ def carried(run):
 
 
 # {figure: (what it shows, how to read it, what it shows in this run)}
-AXES = ("Points are posterior means of test images, rings the prior's components, circles N(0, I), "
-        "on the means' two main axes.")
 
 
 COMPARED = {
     "comparison": ("Test images above their reconstructions",
                    "Each column is one test image; a good row differs little from the first.",
                    lambda runs: lead(runs, "recon")),
-    "samples": ("Samples from the prior", "Drawn from the prior alone and decoded; grey is a "
-                "pixel's probability.", lambda runs: lead(runs, "nll")),
+    "samples": ("Samples from the prior", "Drawn from the prior alone and decoded: the "
+                "pixels' means.", lambda runs: lead(runs, "nll")),
     "neighbours": ("Samples above their nearest training images", "A sample equal to the image "
-                   "below it would be a copy rather than something new.", lambda runs: ""),
-    "latents": ("Latent spaces", AXES, lambda runs: "They hold "
-                f"{each(runs, plane)} of the variance: what lies along the others is not seen."),
+                   "below it would be a copy rather than something new.", lambda runs: "Median "
+                   f"distance to the nearest: {each(runs, distance)}."),
+    "latents": ("Latent spaces", "Points are posterior means of test images.", latent),
     "walks": ("Walks between two test images in latent space", "A row is a model's way from the "
-              "image on the left to that on the right.", lambda runs: "Active units: "
-              f"{each(runs, lambda run: units(run.metrics))}; the others change hardly anything."),
+              "image on the left to that on the right.", lambda runs: ""),
     "dynamics": ("Validation ELBO, reconstruction and KL over the epochs", "The last tenth of the "
                  "epochs against the tenth before shows whether the ELBO had settled:",
                  lambda runs: f"{each(runs, trend)}."),
@@ -149,9 +160,10 @@ OF_MODEL = {
                "is worse than training, the model overfits.", overfit),
     "reconstructions": ("Test images above their reconstructions", "",
                         lambda run: lead([run], "recon")),
-    "samples": ("Samples from the prior", "Grey is a pixel's probability.",
+    "samples": ("Samples from the prior", "Drawn from the prior alone and decoded.",
                 lambda run: lead([run], "nll")),
-    "latent": ("Latent space", AXES, lambda run: f"They hold {plane(run)} of the variance."),
+    "latent": ("Latent space", "Points are posterior means of test images.",
+               lambda run: latent([run])),
     "likelihood": ("Log-likelihoods of the test images", "", spread),
     "kl": ("KL per latent dimension", "Grey dimensions are inactive.", carried),
     "shared_z2": ("Samples that share one z2", "What differs among them comes from z1 alone.",

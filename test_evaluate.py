@@ -286,11 +286,13 @@ def test_accuracies_of_codes_that_hold_the_label_and_of_codes_that_do_not():
         data = datasets.Data("", "", (3, 3), x[:600], x[:0], x[600:], labels[:600], None,
                              labels[600:], "dynamic")
         found[name] = evaluate.classify(model, data, seeded(1))
-    assert found["all"] == {"knn_accuracy": 1, "probe_accuracy": 1}
+    assert found["all"] == {"knn_accuracy": 1, "probe_accuracy": 1, "knn_k": 5}
     for name, knn, probe in (("one", 2 / 3, 2 / 3), ("ring", 1, 0.5), ("nothing", 1 / 3, 1 / 3)):
         assert found[name]["knn_accuracy"] == pytest.approx(knn, abs=0.09), name
         assert found[name]["probe_accuracy"] == pytest.approx(probe, abs=0.2), name
     assert evaluate.classify(model, replace(data, test_labels=None), seeded(1)) == {}
+    names = replace(data, train_labels=torch.arange(600))       # each image's own
+    assert evaluate.classify(model, names, seeded(1)) == {}
 
 
 # ---------------------------------------------------------------------------------- the record
@@ -360,6 +362,15 @@ def test_no_checkpoint_is_refused(damage, run, capsys):
     evaluated(run, code=2)
     one_line(capsys, "model.pt")
     assert not (run / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("film", [7, {0: "x"}, {"x": torch.zeros(2, 64)}, {
+    0: torch.zeros(2, 64), 1: torch.zeros(3, 64)}])
+def test_a_damaged_film_is_one_line(film, whole):
+    model = evaluate.load_run(whole)[0]
+    model.extra["film"] = film
+    with pytest.raises(ValueError, match="its film of pseudo-inputs is damaged"):
+        evaluate.film(model, "model.pt")
 
 
 def test_a_file_that_moved_is_named_and_one_that_changed_refused(run, digits, tmp_path, capsys,

@@ -309,11 +309,16 @@ def test_page_reads_the_logs_and_arrays(tmp_path):
             f"likely at {low:.1f}.") in text
     for run in (vae, hvamp):
         s = np.linalg.svd(np.cov(run.arrays["latent_means"].T))[1]
-        assert f"They hold {s[:2].sum() / s.sum():.0%} of the variance." in text
+        assert f"of the means hold {s[:2].sum() / s.sum():.0%} of their variance" in text
+        far, usual = (np.median(run.arrays[f"{name}_distance"])
+                      for name in ("sample", "reconstruction"))
+        assert f"{far:.1f} beside {usual:.1f} of reconstructed test images ({run.label})" in text
         kl, variance = (run.arrays[f"{name}_{[*run.metrics['latent_dims']][0]}"]
                         for name in ("kl_per_dim", "variance"))
         assert f"carry {kl[variance > 0.01].sum() / kl.sum():.0%} of the KL of z" in text
     assert "KL1 is 8.00 ± 0.03 nats, KL2 17.00 ± 0.04." in text
+    flat = Page(dots(tmp_path / "flat", "vae", vae={"D": 2})).text
+    assert "the prior's log density" in flat and "Rings" not in flat and "log density" not in text
 
 
 def test_page_of_extreme_runs(tmp_path, monkeypatch):

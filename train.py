@@ -34,8 +34,6 @@ COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
 # settings that may change on resuming: where things are, not what is trained
 WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
-
-
 FILMED = 16         # pseudo-inputs whose course over the epochs is kept for a figure
 # what older runs, which do not record it, have
 OLDER = {"likelihood": "bernoulli"}
@@ -51,13 +49,10 @@ class Diverged(Exception):
 # the second line: few images make few batches, and overfit soon. Fewer than TINY take the third: as
 # many steps as the second has of 4,000.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
+FEW = {"small": (40, 100, 3e-3, 10, 0.998, 0.5, 500), "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)}
 RECIPES = {
-    "default": {"large": (340, 1000, 1.2e-2, 20, 0.996, 0.08, 500),
-                "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
-              "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
-    "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500),
-             "small": (40, 100, 3e-3, 10, 0.998, 0.5, 500),
-             "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)},
+    "default": {"large": (340, 1000, 1.2e-2, 20, 0.996, 0.08, 500), **FEW},
+    "long": {"large": (420, 1000, 1.2e-2, 30, 0.996, 0.07, 500), **FEW},
     "quick": {"large": (2, 100, 3e-3, 1, 0.996, 0.08, 50),
               "small": (2, 100, 3e-3, 1, 0.998, 0.5, 50),
               "tiny": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
