@@ -218,8 +218,9 @@ def latent_columns(metrics):
 
 def latent_notes(metrics):
     """What the titles of latent_columns mean."""
-    text = (f"Active units: variance of the posterior mean over the images above {ACTIVE}, a threshold "
-            "made for N(0, I); under a learned prior the scale of z is free. Components in use: perplexity of the mean responsibilities.")
+    text = (f"Active units: variance of the posterior mean over the images above {ACTIVE}, a "
+            "threshold made for N(0, I); under a learned prior the scale of z is free. "
+            "Components in use: perplexity of the mean responsibilities.")
     probed = any(m.get(key) is not None for m in metrics
                  for key in ("probe_accuracy", "knn_accuracy"))
     return text + (" Linear probe, k-NN: share of images whose class is read from the latents "

@@ -138,7 +138,7 @@ def blocks(assets):
                         for folder in (assets / "runs", assets / "runs-5000", assets / "paper"))
     bench, recipe = assets / "bench.json", assets / "recipe.json"
     return {"time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
-                    "on the two cores of the recorded runs." if runs else "",
+                    "on the two cores of the recorded runs, environment aside." if runs else "",
             "results": results_block(dict(runs), dict(long)) if runs or long else "",
             "plane": plane_block(read_named(assets / "plane")) if (assets / "plane").exists() else "",
             "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
