@@ -369,10 +369,11 @@ def columns(split, sums, count):
 
 @torch.no_grad()
 def validate(model, x, seed, batch=1000):
-    """The val_ columns over x at beta = 1, one sample each, with noise fixed by seed."""
-    generator = torch.Generator(x.device).manual_seed(seed)
+    """The val_ columns over x at beta = 1, one sample each, with noise fixed by seed and place."""
+    generator = torch.Generator(x.device)
     sums, prior = {}, model.prior.frozen()
-    for part in x.split(batch):
+    for i, part in enumerate(x.split(batch)):
+        generator.manual_seed(seed + i * 1_000_003)
         part = datasets.pixels(part)
         terms = model.terms(part, generator=generator, inferred=model.infer(part), prior=prior)
         for name, value in terms.items():
