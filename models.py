@@ -18,9 +18,11 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 LOG_2PI = math.log(2 * math.pi)
 TILE = 1024         # rows and components of one block of the mixture: 8 MB in float64
+BLOCK = 8192        # pseudo-inputs that are encoded at once
 
 # ------------------------------------------------------------------------------------ densities
 
@@ -327,7 +329,13 @@ class VampPrior(_Mixture):
     learned_weights: learn pi_k; otherwise 1/K.
     bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
     each optimiser step, or u drifts away behind the bound.
+
+    More than BLOCK pseudo-inputs are encoded in blocks, and again in the backward pass: memory is
+    that of one block's layers, beside u with its gradient and the (K, D) of mu and logvar.
+    `encode_all`, a function (encode, u) -> encode(u), may share u out among processes.
     """
+
+    encode_all = None
 
     def __init__(self, encoder, pseudo_inputs, learned_weights=False, bounds=(0.0, 1.0)):
         super().__init__()
@@ -342,13 +350,25 @@ class VampPrior(_Mixture):
 
         torch.clamp's own gradient is zero there, and a pixel that starts at 0 or 1 would stay.
         """
-        if self.bounds is None:
-            return self.u
-        return self.u + (self.u.clamp(*self.bounds) - self.u).detach()
+        return self._bounded(self.u)
+
+    def _bounded(self, u):
+        return u if self.bounds is None else u + (u.clamp(*self.bounds) - u).detach()
 
     def components(self):
         """mu, logvar (K, D) of q(z | u_k)."""
-        return self._encoder[0](self.pseudo_inputs())
+        if self.encode_all:
+            return self.encode_all(self._encode, self.u)
+        return self._encode(self.u)
+
+    def _encode(self, u):
+        def encode(part):
+            return self._encoder[0](self._bounded(part))
+        if len(u) <= BLOCK:
+            return encode(u)
+        parts = [checkpoint(encode, part, use_reentrant=False, preserve_rng_state=False)
+                 for part in u.split(BLOCK)]
+        return tuple(map(torch.cat, zip(*parts)))
 
     @torch.no_grad()
     def project_(self):
