@@ -17,6 +17,7 @@ import pickletools
 import shutil
 import signal
 import sys
+import time
 import zipfile
 
 FORMAT = 1          # version of the checkpoints; a larger one is refused
@@ -221,6 +222,19 @@ def fail(text):
     print("\r\x1b[K" * sys.stderr.isatty() + f"error: {text}", file=sys.stderr, flush=True)
 
 
+def speaks():
+    """Whether this process speaks for all that torchrun started: the first, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def step_back(code):
+    """Ends a process that does not speak, late: torchrun stops all when one ends, and the first must
+    have said why, or written what it keeps."""
+    if not speaks():
+        time.sleep(30)
+        sys.exit(code)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows the defaults in its help; an error is one line, without the usage."""
 
@@ -229,6 +243,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
+        step_back(2)
         fail(f"{one_line(message)}; see {self.prog} --help")
         sys.exit(2)
 

@@ -2,10 +2,11 @@
 
     python train.py --prior vamp                    # the recipe of the README, in results/<time>/vamp
     python train.py --prior vamp --out DIR --resume # start, or go on where DIR stopped
+    torchrun --standalone --nproc-per-node 2 train.py --out DIR     # shared out: see parallel.py
 
 Writes to the run folder: config.json, log.csv (a row per epoch), last.pt (to resume) and, at the
-end, model.pt. All randomness of an epoch follows from (seed, epoch), so that a resumed run ends
-with the same bits as one that was never stopped.
+end, model.pt. All randomness of an epoch follows from (seed, epoch) and, of several processes,
+from the process's rank, so that a resumed run ends with the same bits as one that was never stopped.
 """
 import files
 
@@ -27,16 +28,18 @@ from pathlib import Path
 import torch
 
 import data as datasets
+import parallel
 from models import (DEVICES, LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters,
                     pick_device)
 
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
 # settings that may change on resuming: where things are, not what is trained
-WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name")
+WHERE = ("out", "resume", "data_dir", "device", "strict_data", "recipe", "dataset", "name",
+         "processes")
 FILMED = 16         # pseudo-inputs whose course over the epochs is kept for a figure
 # what older runs, which do not record it, have
-OLDER = {"likelihood": "bernoulli"}
+OLDER = {"likelihood": "bernoulli", "processes": 1}
 
 
 class Diverged(Exception):
@@ -117,6 +120,9 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out if it is there, else start")
     args = p.parse_args(argv)
+    if parallel.launched() and not args.out:
+        p.error("processes that torchrun starts need --out, the run folder that they share")
+    args.resume = args.resume or parallel.restarted()
     if args.resume and not args.out:
         p.error("--resume needs --out, the run folder to go on with")
     name = {"standard": args.model}.get(args.prior, args.model[:-3] + args.prior)
@@ -169,7 +175,7 @@ def check_likelihood(name, data):
     if name == "logistic" and data.train.dtype != torch.uint8:
         raise ValueError(f"{data.name} has values that are no multiple of 1/255: --likelihood "
                          "logistic needs 256 levels; use gaussian, or save it as uint8")
-    if name == "bernoulli":
+    if name == "bernoulli" and files.speaks():
         print(f"note: {datasets.note_of(data, name)}", file=sys.stderr)
     return name
 
@@ -233,6 +239,10 @@ def compare_settings(path, settings):
             if here.get(name) != there[name] and name not in WHERE:
                 raise ValueError(f"{path} has {name} = {there.get(name)!r}, this call "
                                  f"{here.get(name)!r}; use the same settings, or give another --out")
+    before, now = (part["args"]["processes"] for part in (found, settings))
+    if before != now and not (path.parent / "model.pt").exists():
+        print(f"note: {path.parent} had processes: {before}, now it has {now}; it goes on, with other "
+              "bits than an unbroken run", file=sys.stderr)
 
 
 def write_log(path, history):
@@ -313,6 +323,8 @@ def start(args, config, data, device):
     mean = mean_image(data.train)
     model.set_output_bias(mean.cpu(), spread_image(data.train, mean).cpu())
     model.to(device)
+    if config.prior == "vamp" and parallel.size() > 1:
+        model.prior.encode_all = parallel.encode
     average = build(config).to(device)
     average.load_state_dict(model.state_dict())
     groups = {True: [], False: []}
@@ -373,12 +385,14 @@ def validate(model, x, seed, batch=1000):
     generator = torch.Generator(x.device)
     sums, prior = {}, model.prior.frozen()
     for i, part in enumerate(x.split(batch)):
+        if i % parallel.size() != parallel.rank():
+            continue
         generator.manual_seed(seed + i * 1_000_003)
         part = datasets.pixels(part)
         terms = model.terms(part, generator=generator, inferred=model.infer(part), prior=prior)
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.double().sum().item()
-    return columns("val", sums, len(x))
+    return columns("val", parallel.total(sums), len(x))
 
 
 def train_epoch(run, args, data, tick=lambda: None):
@@ -390,6 +404,9 @@ def train_epoch(run, args, data, tick=lambda: None):
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
     generator = torch.Generator(data.train.device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=data.train.device)
+    if parallel.size() > 1:     # the order is that of all, the noise each process's own
+        seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=order.device)
+        generator.manual_seed(seeds[parallel.rank()].item())
     parameters, averaged = list(model.parameters()), list(run.average.parameters())
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
@@ -401,11 +418,12 @@ def train_epoch(run, args, data, tick=lambda: None):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(data.train.device.type, torch.bfloat16, args.precision == "bfloat16"):
-            terms = model.terms(data.batch(index, generator), generator=generator,
+            terms = model.terms(data.batch(parallel.share(index), generator), generator=generator,
                                 path_gradient=not args.full_gradient)
-        loss = (beta * terms["kl"] - terms["recon"]).mean()
+        loss = (beta * terms["kl"] - terms["recon"]).sum() / len(index)
         run.optimizer.zero_grad()
         loss.backward()
+        loss = parallel.sum_gradients(parameters, loss)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
         if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
             raise Diverged(f"the loss or its gradient is not finite in epoch {epoch}, step {step + 1}")
@@ -420,7 +438,8 @@ def train_epoch(run, args, data, tick=lambda: None):
             sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
         tick()
     return {"beta": beta, "lr": lr, "grad_norm": norms / len(batches),
-            "clipped": model.prior.clipped(), **columns("train", sums, len(order))}
+            "clipped": model.prior.clipped(), 
+            **columns("train", parallel.total(sums), len(order))}
 
 
 def fit(run, args, data, out):
@@ -432,7 +451,8 @@ def fit(run, args, data, out):
     steps = -(-len(data.train) // args.batch_size)
     if not run.epoch:
         run.shoot(args.epochs)
-    bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps)
+    bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps,
+                                     disable=parallel.rank() > 0)
     with bar:
         while run.epoch < args.epochs and (
                 not run.best or run.epoch - run.best_epoch < args.patience):
@@ -449,40 +469,65 @@ def fit(run, args, data, out):
             row["seconds"] = time.perf_counter() - began
             run.history.append(row)
             run.shoot(args.epochs)
-            run.save(out / "last.pt")
-            write_log(out / "log.csv", run.history)
+            if parallel.rank() == 0:
+                run.save(out / "last.pt")
+                write_log(out / "log.csv", run.history)
             bar.set_postfix_str(f"epoch {run.epoch}/{args.epochs}, val ELBO {row['val_elbo']:.2f}",
                                 refresh=False)
-    write_log(out / "log.csv", run.history)
+    if parallel.rank() == 0:
+        write_log(out / "log.csv", run.history)
     if not run.best:        # shorter than the warm-up: the last weights are all there is
         run.best, run.best_epoch = run.average.state_dict(), run.epoch
 
 
+def load(args):
+    """(data, device), and the flags that the data settle. Process 0 loads first: it alone downloads,
+    and the others take the set that it took."""
+    def load_here(name, strict):
+        device = pick_device(args.device)
+        settle_likelihood(args)
+        data = datasets.load(name, args.data_dir, args.binarize, args.split_seed, strict, device)
+        args.likelihood = check_likelihood(args.likelihood, data)
+        return data, device
+
+    def follow():
+        found = load_here(name, True)
+        if found[0].sha256 != sha256:
+            raise ValueError(f"{name} holds other images here than at process 0")
+        return found
+    found = parallel.together(lambda: parallel.rank() == 0 and load_here(args.dataset, args.strict_data))
+    name, sha256 = parallel.gather(found and (found[0].name, found[0].sha256))[0]
+    return parallel.together(lambda: found or follow())
+
+
 def train(args):
     """The whole run: what there is to say of it, in a sentence."""
-    device, out = pick_device(args.device), Path(args.out)
-    settle_likelihood(args)
-    data = datasets.load(args.dataset, args.data_dir, args.binarize, args.split_seed,
-                         args.strict_data, device)
-    args.likelihood = check_likelihood(args.likelihood, data)
+    parallel.start(args.device)
+    (data, device), out = load(args), Path(args.out)
     args, recipe = settle(args, len(data.train))
-    args.precision = pick_precision(args.precision, device, out)
+    if args.batch_size < parallel.size():
+        parallel.fail(f"{parallel.size()} processes share out batches of {args.batch_size}: a larger "
+                      "--batch-size, or fewer processes")
+    args.processes = parallel.size()
+    args.precision = parallel.first(lambda: pick_precision(args.precision, device, out))
     config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                     args.pseudo_inputs, args.learned_weights, args.likelihood)
     settings = {"args": vars(args) | {"dataset": data.name}, "recipe": recipe,
                 "data": {"name": data.name, "note": data.note, "train": len(data.train),
                          "image_shape": list(data.image_shape), "sha256": data.sha256},
                 "model": vars(config)}
-    lock = open_run(out, settings, args.resume)
-    if (out / "model.pt").exists():
+    lock = parallel.together(
+        lambda: open_run(out, settings, args.resume) if parallel.rank() == 0 else None)
+    if parallel.first((out / "model.pt").exists):
         return f"{out}/model.pt is there already: nothing to train"
     run = start(args, config, data, device)
-    if (out / "last.pt").exists():
-        run.restore(out / "last.pt", device)
+    if parallel.first((out / "last.pt").exists):
+        parallel.together(lambda: run.restore(out / "last.pt", device))
 
     def keep(path):
-        files.save_model(path, run.model, run.best, run=settings, epochs=run.epoch,
-                         best_epoch=run.best_epoch, train_seconds=seconds(run), film=run.film)
+        if parallel.rank() == 0:
+            files.save_model(path, run.model, run.best, run=settings, epochs=run.epoch,
+                             best_epoch=run.best_epoch, train_seconds=seconds(run), film=run.film)
     try:
         fit(run, args, data, out)
     except Diverged as error:
@@ -493,7 +538,8 @@ def train(args):
         raise Diverged(f"{error}; {kept}. Try a lower --lr (now {args.lr:g}), a lower --clip or a "
                        "longer --warmup, with another --out") from None
     keep(out / "model.pt")
-    lock.close()
+    if lock:
+        lock.close()
     return (f"trained {run.epoch} epochs in {seconds(run) / 60:.1f} minutes, the best is epoch "
             f"{run.best_epoch}: {out / 'model.pt'}")
 
@@ -508,16 +554,22 @@ def main(argv=None):
     torch.set_flush_denormal(True)      # before any worker thread exists; they inherit it
     args = parse_args(argv)
     try:
-        files.Line(Path(args.out).name).say(train(args))
+        said = train(args)
+        if parallel.rank() == 0:
+            files.Line(Path(args.out).name).say(said)
     except files.Stopped:
         words = [w for w in (argv if argv is not None else sys.argv[1:]) if w != "--resume"]
         again = " ".join(["python train.py", *words, "--resume" if "--out" in words else
                           f"--out {args.out} --resume"])
         if os.environ.get("ROWS"):      # make called
             again = f"the same make command and RUN={Path(args.out).parent}"
-        print(f"stopped; the finished epochs are kept. Go on with: {again}", file=sys.stderr)
+        elif parallel.launched():
+            again = "the same torchrun command and --resume"
+        if files.speaks():
+            print(f"stopped; the finished epochs are kept. Go on with: {again}", file=sys.stderr)
         raise
     except Diverged as error:
+        files.step_back(1)
         files.fail(error)
         return 1
 
