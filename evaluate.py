@@ -2,6 +2,7 @@
 
     python evaluate.py results/latest/vamp                  # S = 500 importance samples per image
     python evaluate.py results/latest/vamp --samples 5000   # the paper's protocol
+    torchrun --standalone --nproc-per-node 2 evaluate.py RUN    # shared out, to the same numbers
 
 Reads model.pt in the run folder; writes arrays.npz (all that plot.py draws) and then metrics.json.
 All numbers are nats per image, sums are float64, standard errors are over the test images.
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 
 import data as datasets
+import parallel
 from models import (DEVICES, PRIORS, StandardPrior, build, by_coefficients, log_mixture, log_normal,
                     mixture_coefficients, pick_device)
 
@@ -49,7 +51,8 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None):
     elbo, recon, kl (kl1, kl2) are means over the same S samples.
     Every image has its own noise, seeded by its place, and a thread of its own, which works on it in
     passes of CHUNK samples: memory is that of CHUNK x 784 logits a thread and of S numbers, and
-    neither block sizes nor the number of threads enter the result. `tick` is called after each.
+    neither block sizes nor the number of threads enter the result, nor that of processes, which are
+    dealt whole blocks of INFER images. `tick` is called after each image of this process.
     """
     base = torch.randint(2**62, (), generator=generator).item()
     before = torch.get_num_threads()
@@ -57,19 +60,21 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None):
     torch.set_num_threads(1)    # images share out better than the small products of one
     try:
         prior, result = model.prior.frozen(), {}
-        for first in range(0, len(x), INFER):
+        for first in range(parallel.rank() * INFER, len(x), parallel.size() * INFER):
             block = datasets.pixels(x[first:first + INFER])
             inferred = model.infer(block)
             jobs = [(block[i:i + 1], _map(inferred, lambda t: t[i:i + 1]), base + first + i)
                     for i in range(len(block))]
+            result[first] = found = []
             for values in pool.map(lambda job: _image_terms(model, prior, S, *job), jobs):
-                for name, value in values.items():
-                    result.setdefault(name, []).append(value)
+                found.append(values)
                 tick()
     finally:
         torch.set_num_threads(before)
         pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
-    return {name: torch.stack(values) for name, values in result.items()}
+    blocks = {first: part for parts in parallel.gather(result) for first, part in parts.items()}
+    images = [values for first in sorted(blocks) for values in blocks[first]]
+    return {name: torch.stack([values[name] for values in images]) for name in images[0]}
 
 
 @torch.no_grad()    # a thread has its own switch of gradients
@@ -318,9 +323,12 @@ def label(config):
 
 
 def evaluate(model, data, S, seed=0, tick=lambda: None):
-    """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them."""
+    """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them; None but
+    at the first process, which computes alone what is not the likelihood."""
     x, began = data.test, time.perf_counter()
     terms = importance_terms(model, x, S, torch.Generator().manual_seed(seed), tick)
+    if parallel.rank() > 0:
+        return None
     seconds = {"likelihood": time.perf_counter() - began}
     generator = torch.Generator(x.device).manual_seed(seed)
     statistics, arrays = latent_statistics(model, x, generator)
@@ -342,6 +350,7 @@ def evaluate(model, data, S, seed=0, tick=lambda: None):
     metrics |= statistics
     metrics |= {"parameters": sum(p.numel() for p in model.parameters()), "seconds": seconds,
                 "device": x.device.type, "threads": torch.get_num_threads(),
+                "processes": parallel.size(),
                 "date": time.strftime("%Y-%m-%d"),
                 "versions": {"python": platform.python_version(), "torch": torch.__version__,
                              "numpy": np.__version__}}
@@ -391,14 +400,20 @@ def main(argv=None):
     p.add_argument("--dataset", help="where your own array lies, if it has moved since training")
     p.add_argument("--device", choices=DEVICES, default="auto", help="auto takes cuda, then cpu")
     args = p.parse_args(argv)
-    model, data, path = load_run(args.run, pick_device(args.device), args.data_dir, args.dataset)
+    parallel.start(args.device)
+    model, data, path = parallel.in_turn(lambda: load_run(
+        args.run, pick_device(args.device), args.data_dir, args.dataset))
     if args.images:
         labels = data.test_labels
         data = replace(data, test=data.test[:args.images],
                        test_labels=None if labels is None else labels[:args.images])
     line = files.Line(path.parent.name)
-    with line.bar(len(data.test), f"likelihood, S = {args.samples:,}") as bar:
-        metrics, arrays = evaluate(model, data, args.samples, args.seed, bar.update)
+    with line.bar(len(data.test), f"likelihood, S = {args.samples:,}",
+                  disable=parallel.rank() > 0) as bar:
+        found = evaluate(model, data, args.samples, args.seed, lambda: bar.update(parallel.size()))
+    if not found:
+        return
+    metrics, arrays = found
     metrics |= {name: model.extra[name] for name in ("epochs", "best_epoch", "train_seconds")
                 if name in model.extra}
     metrics["trained_in"] = model.extra["run"]["args"].get("precision", "float32")

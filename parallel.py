@@ -118,6 +118,12 @@ def first(function):
     return gather(together(lambda: function() if _rank == 0 else None))[0]
 
 
+def in_turn(function):
+    """function() at process 0, then at the others, which find what it downloaded."""
+    result = together(lambda: _rank == 0 and function())
+    return together(lambda: result or function())
+
+
 def total(sums):
     """The sums (a dict of floats) of all processes, added in their order."""
     parts = gather(sums)
