@@ -19,14 +19,21 @@ SEED      ?= 0
 EPOCHS    ?=
 SAMPLES   ?= 500
 STRICT    ?=
+PROCS     ?= 1
 TRAIN_FLAGS ?=
 EVAL_FLAGS  ?=
 TO        ?= runs
+ifneq ($(shell [ "$(PROCS)" -gt 0 ] 2>&1 && echo good),good)
+$(error PROCS="$(PROCS)" must be a whole number from 1 on)
+endif
 # models train side by side, the cores shared out: faster than one after the other on all cores
 # nproc would heed OMP_NUM_THREADS, which a make above this one has set
 CORES     := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
-JOBS      ?= $(shell m=$(words $(MODELS)); echo $$(( m < $(CORES) ? m : $(CORES) )))
-OMP_NUM_THREADS ?= $(shell t=$$(( $(CORES) / $(JOBS) )); echo $$(( t > 0 ? t : 1 )))
+SHARE     := $(shell c=$$(( $(CORES) / $(PROCS) )); echo $$(( c > 0 ? c : 1 )))
+JOBS      ?= $(shell m=$(words $(MODELS)); echo $$(( m < $(SHARE) ? m : $(SHARE) )))
+OMP_NUM_THREADS ?= $(shell t=$$(( $(SHARE) / $(JOBS) )); echo $$(( t > 0 ? t : 1 )))
+# of PROCS processes, each model's training and evaluation
+TOGETHER  := $(PYTHON)$(if $(filter-out 1,$(PROCS)), -m torch.distributed.run --standalone --nproc-per-node $(PROCS))
 
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" must be one folder without spaces)
@@ -45,9 +52,10 @@ $(error MODELS has $(filter-out $(KNOWN),$(MODELS)); choose from $(KNOWN))
 endif
 
 # what defines a run's weights, and its numbers: a folder made with others is not taken for these
-TRAINED_BY := DATASET=$(DATASET) RECIPE=$(RECIPE) SEED=$(SEED) EPOCHS=$(EPOCHS) TRAIN_FLAGS=$(TRAIN_FLAGS)
+TRAINED_BY := DATASET=$(DATASET) RECIPE=$(RECIPE) SEED=$(SEED) EPOCHS=$(EPOCHS) TRAIN_FLAGS=$(TRAIN_FLAGS)$(if \
+  $(filter-out 1,$(PROCS)), PROCS=$(PROCS))
 EVALUATED_BY := SAMPLES=$(SAMPLES) EVAL_FLAGS=$(EVAL_FLAGS)
-export OMP_NUM_THREADS RUN MODELS DATASET DATA_DIR RECIPE SEED EPOCHS SAMPLES STRICT TRAIN_FLAGS \
+export OMP_NUM_THREADS RUN MODELS DATASET DATA_DIR RECIPE SEED EPOCHS SAMPLES STRICT PROCS TRAIN_FLAGS \
   EVAL_FLAGS TRAINED_BY EVALUATED_BY
 
 .PHONY: help all run quick plane paper notebook lab bench record docs test test-all clean distclean FORCE $(KNOWN)
@@ -58,6 +66,7 @@ help:  ## this list
 	@echo 'Variables: RUN=$(RUN) (an existing folder is continued) MODELS="$(MODELS)" DATASET=$(DATASET)'
 	@echo '  DATA_DIR=$(DATA_DIR) STRICT=1 (no other data than asked for) RECIPE=$(RECIPE) (or long, quick)'
 	@echo '  SEED=$(SEED) EPOCHS SAMPLES=$(SAMPLES) JOBS PYTHON3=python3.12 (makes the venv) PYTHON=python3 (no venv)'
+	@echo '  PROCS=$(PROCS) (processes that share out each model, by torchrun)'
 	@echo '  TRAIN_FLAGS, EVAL_FLAGS (see train.py --help, evaluate.py --help)'
 
 ENV := $(if $(filter $(VENV)/%,$(PYTHON)),$(VENV)/.stamp)
@@ -81,7 +90,7 @@ all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and com
 	@$(PYTHON) report.py $(RUN)
 
 $(KNOWN): $(ENV)
-	@$(MAKE) all MODELS=$@ JOBS=1 OMP_NUM_THREADS=$(CORES)
+	@$(MAKE) all MODELS=$@ JOBS=1 OMP_NUM_THREADS=$(SHARE)
 
 quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-quick) RECIPE=quick SAMPLES=20 EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
@@ -115,11 +124,11 @@ $(RUN)/dataset: | $(ENV) $(RUN)/trained-by
 	@$(PYTHON) data.py --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" $(if $(STRICT),--strict-data) --out $@
 
 $(MODELS:%=$(RUN)/%/model.pt): $(RUN)/%/model.pt: | $(RUN)/dataset
-	@$(PYTHON) train.py $(FLAGS_$*) --recipe $(RECIPE) --dataset "$$(cat $(RUN)/dataset)" --data-dir "$(DATA_DIR)" \
+	@$(TOGETHER) train.py $(FLAGS_$*) --recipe $(RECIPE) --dataset "$$(cat $(RUN)/dataset)" --data-dir "$(DATA_DIR)" \
 	  --seed $(SEED) $(if $(EPOCHS),--epochs $(EPOCHS)) $(TRAIN_FLAGS) --out $(@D) --resume
 
 $(MODELS:%=$(RUN)/%/metrics.json): $(RUN)/%/metrics.json: $(RUN)/%/model.pt $(RUN)/evaluated-by
-	@$(PYTHON) evaluate.py $(@D) --samples $(SAMPLES) --data-dir "$(DATA_DIR)" $(EVAL_FLAGS)
+	@$(TOGETHER) evaluate.py $(@D) --samples $(SAMPLES) --data-dir "$(DATA_DIR)" $(EVAL_FLAGS)
 
 $(MODELS:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 	@$(PYTHON) plot.py $(@D)
