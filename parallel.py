@@ -5,6 +5,7 @@
 Without torchrun nothing here touches torch.distributed: one process, rank 0, has the whole share.
 A share is a run of ceil(n / size) rows; the last processes may get fewer, or none.
 """
+import atexit
 import contextlib
 import os
 from datetime import timedelta
@@ -44,14 +45,16 @@ def start(device):
             raise OSError(f"{here} processes, but {torch.cuda.device_count()} GPUs here; a lower "
                           "--nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT")    # the store keeps what an earlier start left
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=count,
-            store=distributed.PrefixStore("ranks", store), timeout=timedelta(minutes=30))
+            store=distributed.PrefixStore(f"{count}, {again}", store), timeout=timedelta(minutes=30))
     except (RuntimeError, ValueError) as error:
         raise OSError(f"the {count} processes did not meet within {WAIT} seconds; start all of them "
                       f"by torchrun ({files.one_line(error)[:100]})") from None
+    atexit.register(distributed.destroy_process_group)      # without it, an exit may abort
     _rank, _size = rank, count
 
 
