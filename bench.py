@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -35,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import data as datasets
 import evaluate
+import parallel
 import train
 from models import LOG_2PI, Config, GatedDense, GaussianHead, log_mixture
 
@@ -190,23 +192,24 @@ def new_row(section, case, times=([], [], None), ratios=(), **more):
     return row | more
 
 
-def peak_mb(*call):
-    """MB that a mixture_call needs beyond its inputs, in a process of its own; None off Linux."""
+def peak_mb(*call, make=None):
+    """MB that make(*call)(), of mixture_call by default, needs beyond its inputs, in a process of its
+    own; None off Linux."""
     if not os.path.exists("/proc/self/clear_refs"):
         return None
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, fresh, files.catch_signals) as process:
-        return process.submit(own_peak_mb, *call).result()
+        return process.submit(own_peak_mb, make or mixture_call, call).result()
 
 
-def own_peak_mb(form, task, B, K):
+def own_peak_mb(make, call):
     """The same of this process: its largest size in the call, less its size before it."""
     def size(key):
         status = Path("/proc/self/status").read_text()
         return int(re.search(rf"{key}:\s*(\d+) kB", status)[1]) / 1024
 
-    mixture_call(form, task, 10, 10)()      # loads libraries, starts threads
-    call = mixture_call(form, task, B, K)
+    make(*call[:-2], 10, 10)()      # loads libraries, starts threads
+    call = make(*call)
     Path("/proc/self/clear_refs").write_text("5")       # resets the maximum, VmHWM
     before = size("VmRSS")
     call()
@@ -270,7 +273,7 @@ def prepare(model, prior, n, *flags, quick=False):
     weights are made small, or no estimate of the likelihood would settle.
     """
     small = "--hidden 8 --z-dim 4 --pseudo-inputs 12".split() if quick else []
-    args = train.parse_args(["--model", model, "--prior", prior, *map(str, flags), *small])
+    args = train.parse_args(["--out", "none", "--model", model, "--prior", prior, *map(str, flags), *small])
     args, _ = train.settle(args, 50_000)        # the recipe for MNIST, however few images these are
     x = torch.zeros(n, 28, 28, dtype=torch.uint8)
     x[:, 4:24, 4:24].random_(0, 256, generator=torch.Generator().manual_seed(0))
@@ -299,7 +302,19 @@ def step(quick):
                     "ratio >= 3" if (prior, batch) == ("vamp", 100) else None)
         case = f"{evaluate.label(plain.config)}, batch {batch}"
         rows.append(new_row("step", case, times, expected=expected))
+    B, K = (10, 30) if quick else (1000, 50_000)
+    case = f"VAE + VampPrior, batch {B}, K = {K:,}"
+    rows.append(new_row("step", case, compare(None, step_call(B, K), 2 if quick else 3),
+                        peak_mb=peak_mb(B, K, make=step_call), expected="peak < 1500 MB"))
     return rows
+
+
+def step_call(B, K):
+    """A function without arguments: a training step of VAE + VampPrior, which has been done once, so
+    that the optimiser's moments exist; K may be large."""
+    run, args, data = prepare("vae", "vamp", B, "--batch-size", B, "--pseudo-inputs", K)
+    train.train_epoch(run, args, data)
+    return lambda: train.train_epoch(run, args, data)
 
 
 def likelihood(quick):
@@ -335,7 +350,37 @@ def epochs(quick):
     return [new_row("growth", case, ratios=growth, expected="ratio <= 1.1")]
 
 
-SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "epochs": epochs}
+def processes(quick):
+    """Rows of two processes of one thread each, "ours", beside one of two threads, "plain": a step of
+    VAE + VampPrior, batch 1000."""
+    B, n, rows = (10, 2, []) if quick else (1000, 5, [])
+    for K in (12,) if quick else (500, 5000, 50_000):
+        times = [[], []]
+        for _ in range(1 if quick else 3):      # in turn
+            for count in (1, 2):
+                words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                         f"--nproc-per-node={count}", __file__, "--steps", str(B), str(K), str(n)]
+                environment = os.environ | {"OMP_NUM_THREADS": str(3 - count)}
+                done = subprocess.run(words, check=True, capture_output=True, env=environment)
+                times[count - 1] += json.loads(done.stdout)
+        case = f"VAE + VampPrior, batch {B}, K = {K:,}: two processes of one thread, one of two"
+        row = new_row("processes", case, ratios=[a / b for a, b in zip(*times)], expected="ratio >= 0.9")
+        rows.append(row | {"plain": median(times[0]), "ours": median(times[1]),
+                           "ratio": median(times[0]) / median(times[1])})
+    return rows
+
+
+def own_steps(B, K, n):
+    """Seconds of n training steps, as the first of the processes that `processes` starts sees them."""
+    parallel.start("cpu")
+    call = step_call(B, K)
+    times = [seconds(call) for _ in range(n)]
+    if parallel.rank() == 0:
+        print(json.dumps(times))
+
+
+SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "epochs": epochs,
+            "processes": processes}
 
 def record(sections, quick):
     """The record (a dict) of the sections, which it times and prints, a line per row."""
@@ -369,7 +414,11 @@ def main(argv=None):
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
     p.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS),
                    help="what to time")
+    p.add_argument("--steps", nargs=3, type=int, metavar=("B", "K", "N"),
+                   help="only the seconds of N training steps, under torchrun or alone")
     args = p.parse_args(argv)
+    if args.steps:
+        return own_steps(*args.steps)
     folder = os.path.join(os.path.dirname(args.out or "") or ".", "")   # the last / wants a folder
     # before ten minutes of work, not after
     if args.out and (os.path.isdir(args.out) or not os.access(folder, os.W_OK)):

@@ -196,6 +196,22 @@ def test_gradients_reach_a_foreign_encoder_the_weights_and_pixels_at_the_bounds(
     assert all((p.grad != 0).all() for p in [*prior.parameters(), *net.parameters()])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_many_pseudo_inputs_are_encoded_in_blocks_to_the_same_gradients(model, monkeypatch):
+    """In blocks of three, the last of one, and each anew in the backward pass."""
+    found, seen = [], []
+    for block in (7, 3):
+        monkeypatch.setattr(models, "BLOCK", block)
+        made = small(model, components=7).double()
+        encode = made.encoder.forward
+        made.encoder.forward = lambda x: (seen.append(len(x)), encode(x))[1]
+        loss = made.terms(uniform(0, 1, 5, 6).round(), generator=seeded(1))["kl"]
+        found.append([loss, *gradients(loss, list(made.parameters()))])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12 * (1 + whole.abs().max().item()))
+    assert sorted(seen) == sorted([5, 7] + [5, 3, 3, 1, 3, 3, 1])
+
+
 def test_pseudo_inputs_stay_inside_their_bounds():
     prior = VampPrior(None, torch.tensor([[-1.0, 0.5, 0.0], [1.0, 2.0, 0.25]]))
     inside = [[0.0, 0.5, 0.0], [1.0, 1.0, 0.25]]
