@@ -305,7 +305,7 @@ def step(quick):
     B, K = (10, 30) if quick else (1000, 50_000)
     case = f"VAE + VampPrior, batch {B}, K = {K:,}"
     rows.append(new_row("step", case, compare(None, step_call(B, K), 2 if quick else 3),
-                        peak_mb=peak_mb(B, K, make=step_call), expected="peak < 1500 MB"))
+                        peak_mb=peak_mb(B, K, make=step_call), expected="peak < 400 MB"))
     return rows
 
 

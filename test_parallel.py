@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import data as datasets
+import evaluate
 import files
 import models
 import parallel
@@ -111,6 +112,13 @@ def test_validation_is_shared_out_and_does_not_depend_on_it(measured):
     assert batches == [1000, 1000, 500] and two["validation"][1] == [[1000, 500], [1000]]
     assert row == pytest.approx(two["validation"][0], rel=1e-12)
     assert len({*two["first noise of a batch"], *two["noise"]}) == 3 + 2 * 2    # none twice
+
+
+def test_the_likelihood_is_shared_out_to_the_same_bits(measured):
+    with one_thread():
+        one = likelihood()
+    two = measured[1]["likelihood"]
+    assert torch.equal(one[0], two[0]) and one[1] == [250] and two[1] == [150, 100]
 
 
 def test_all_processes_see_that_one_diverges(measured):
@@ -251,10 +259,19 @@ def validation():
     return row, seen
 
 
+def likelihood():
+    """log p(x) of 250 images, and how many each process worked on."""
+    run, _, data = prepared("hvae", "vamp", 7, "float32", 1)
+    seen = []
+    with replaced(evaluate, "_image_terms", lambda real, *args: (seen.append(1), real(*args))[1]):
+        found = evaluate.log_likelihood(run.average, data.val[:250], 5, torch.Generator().manual_seed(0))
+    return found, parallel.gather(len(seen))
+
+
 def measure(path):
     """All that the tests above compare, into a file."""
     parallel.start("cpu")
-    found = {"steps": [step(*cell) for cell in CELLS]}
+    found = {"steps": [step(*cell) for cell in CELLS], "likelihood": likelihood()}
     noise, draws = [], []
 
     def watched(real, mu, logvar=None, generator=None, size=()):
