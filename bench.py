@@ -430,4 +430,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.script(main)

@@ -18,7 +18,6 @@ import io
 import json
 import math
 import platform
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -437,4 +436,4 @@ def _count(text):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.script(main)

@@ -311,4 +311,4 @@ def die(*words):
 
 if __name__ == "__main__":
     files.catch_signals()
-    sys.exit({"measure": measure, "die": die}[sys.argv[1]](*sys.argv[2:]))
+    parallel.script(lambda: {"measure": measure, "die": die}[sys.argv[1]](*sys.argv[2:]))

@@ -575,4 +575,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    parallel.script(main)
