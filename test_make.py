@@ -149,7 +149,21 @@ def test_make_passes_its_variables_on():
         assert words in text
 
 
+def test_make_shares_out_each_model_among_processes():
+    one, two = (plan("all", f"PROCS={count}", "JOBS=1").stdout for count in (1, 2))
+    for script in ("train", "evaluate"):
+        assert f"python3 {script}.py" in one
+        assert f"-m torch.distributed.run --standalone --nproc-per-node 2 {script}.py" in two
+    names = ["-f", "Makefile", "-f", "-", "named", "CORES=8"]
+    found = [subprocess.run(["make", *names, *words], cwd=HERE, env={"PATH": os.environ["PATH"]}, text=True,
+                            input="named:\n\t@echo $(JOBS) $(OMP_NUM_THREADS) $(TRAINED_BY)",
+                            capture_output=True).stdout.split() for words in ((), ("PROCS=4",))]
+    assert [words[:2] for words in found] == [["3", "2"], ["2", "1"]]
+    assert found[1] == ["2", "1", *found[0][2:], "PROCS=4"]     # an older folder is still this one's
+
+
 @pytest.mark.parametrize("words, said", [(["all", "MODELS=vqvae"], "vqvae"),
+                                         (["all", "PROCS=x"], "whole number"),
                                          (["all", "RUN=a b"], "without spaces")])
 def test_make_refuses_in_one_line(words, said):
     done = plan(*words)
