@@ -125,6 +125,11 @@ def test_all_processes_see_that_one_diverges(measured):
     assert measured[1]["diverged"] == ["the loss or its gradient is not finite in epoch 1, step 1"] * 2
 
 
+def test_a_fallback_to_other_data_is_that_of_all(measured):
+    assert measured[1]["fallback"] == [[("mnist", False)], [("mnist5k", True)]]
+    assert measured[1]["other"] == ["process 1: mnist5k holds other images here than at process 0", "2"]
+
+
 def test_one_process_has_all_and_meets_nobody(both, many, tmp_path):
     fit(tmp_path / "run", many, *FEW)
     assert not torch.distributed.is_initialized() and parallel.size() == 1
@@ -268,10 +273,27 @@ def likelihood():
     return found, parallel.gather(len(seen))
 
 
+def fallback(digest):
+    """What each process asked for when the first one got mnist5k instead, or how it ended."""
+    asked = []
+
+    def load(real, name, data_dir, binarize, split_seed, strict, device):
+        asked.append((name, strict))
+        x = torch.zeros(4, 9)
+        return datasets.Data("mnist5k", "", (3, 3), x, x, x, None, None, None, binarize, digest())
+    with replaced(datasets, "load", load), mock.patch("time.sleep"):
+        try:
+            train.load(train.parse_args(["--out", "none", "--dataset", "mnist"]))
+        except (OSError, SystemExit) as error:
+            asked = str(error)
+    return parallel.gather(asked)
+
+
 def measure(path):
     """All that the tests above compare, into a file."""
     parallel.start("cpu")
-    found = {"steps": [step(*cell) for cell in CELLS], "likelihood": likelihood()}
+    found = {"steps": [step(*cell) for cell in CELLS], "likelihood": likelihood(),
+             "fallback": fallback(lambda: "same"), "other": fallback(lambda: str(parallel.rank()))}
     noise, draws = [], []
 
     def watched(real, mu, logvar=None, generator=None, size=()):
