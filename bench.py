@@ -273,7 +273,8 @@ def prepare(model, prior, n, *flags, quick=False):
     weights are made small, or no estimate of the likelihood would settle.
     """
     small = "--hidden 8 --z-dim 4 --pseudo-inputs 12".split() if quick else []
-    args = train.parse_args(["--out", "none", "--model", model, "--prior", prior, *map(str, flags), *small])
+    args = train.parse_args(["--out", "none", "--model", model, "--prior", prior,
+                             *map(str, flags), *small])
     args, _ = train.settle(args, 50_000)        # the recipe for MNIST, however few images these are
     x = torch.zeros(n, 28, 28, dtype=torch.uint8)
     x[:, 4:24, 4:24].random_(0, 256, generator=torch.Generator().manual_seed(0))

@@ -101,8 +101,8 @@ def _answers():
     try:
         yield
     except RuntimeError as error:
-        fail("another process has ended, or does not answer; the finished epochs are kept: the same "
-             f"command with --resume goes on ({files.one_line(error)[:100]})")
+        fail("another process has ended, or does not answer; finished epochs of a training are kept "
+             f"({files.one_line(error)[:100]})")
 
 
 def gather(value):

@@ -233,7 +233,7 @@ def replaced(owner, name, function):
 def step(*cell):
     """An epoch's row, the gradients of its last batch and the sizes that each process encoded."""
     run, args, data = prepared(*cell)
-    left, encoded = iter([20, cell[-1]] * 2), []
+    left, left_now, encoded = iter([20, cell[-1]]), [0], []
 
     def same_noise(real, mu, logvar=None, generator=None, size=()):
         """Its images' part of the noise that one process would have."""
@@ -241,15 +241,13 @@ def step(*cell):
         eps = torch.randn(whole, mu.shape[-1], generator=torch.Generator().manual_seed(whole))
         return mu + (0.5 * logvar).exp() * parallel.share(eps).expand(*size, *mu.shape)
 
-    def batch(real, index, generator=None):
+    def batch(real, self, index, generator=None):
         left_now[0] = next(left)
-        return real(index, generator)
-    left_now = [0]
+        return real(self, index, generator)
     if cell[1] == "vamp" and parallel.size() > 1:
         run.model.prior.encode_all = lambda encode, u: parallel.encode(
             lambda part: (encoded.append(len(part)), encode(part))[1], u)
-    with replaced(models, "_normal", same_noise), replaced(datasets.Data, "batch", (
-            lambda real, self, index, generator=None: batch(lambda *a: real(self, *a), index, generator))):
+    with replaced(models, "_normal", same_noise), replaced(datasets.Data, "batch", batch):
         row = train.train_epoch(run, args, data)
     return {"row": {k: v for k, v in row.items() if v is not None}, "gradients": [p.grad.clone() for p in run.model.parameters()],
             "encoded": parallel.gather(encoded)}
@@ -301,17 +299,18 @@ def measure(path):
         return draws[-1][0]
     with replaced(models, "_normal", watched):
         row, seen = validation()
-        found["first noise of a batch"] = [s for part in parallel.gather([s for _, s in draws]) for s in part]
+        found["first noise of a batch"] = sum(parallel.gather([s for _, s in draws]), [])
         for epoch in (0, 1):
             draws.clear()
             run, args, data = prepared(*CELLS[2])
             run.epoch = epoch
             train.train_epoch(run, args, data)
-            noise += [s % 2**32 for s in parallel.gather(draws[0][1])]      # what a CPU's generator takes
+            noise += [s % 2**32 for s in parallel.gather(draws[0][1])]      # what a CPU takes of it
     found |= {"validation": (row, parallel.gather(seen)), "noise": noise}
 
     def nan(real, self, *args, **more):
-        return {k: v * (float("nan") if parallel.rank() else 1) for k, v in real(self, *args, **more).items()}
+        factor = float("nan") if parallel.rank() else 1
+        return {k: v * factor for k, v in real(self, *args, **more).items()}
     with replaced(models.VAE, "terms", nan):
         try:
             train.train_epoch(*prepared(*CELLS[2]))

@@ -220,7 +220,8 @@ def open_run(out, settings, resume):
         if not resume:
             raise ValueError(f"{out} holds a run already; add --resume to go on, or give another --out")
         compare_settings(path, settings)
-    files.write_atomic(path, json.dumps(settings, indent=2) + "\n")
+    if not (out / "model.pt").exists():     # a finished run stays what made it
+        files.write_atomic(path, json.dumps(settings, indent=2) + "\n")
     return lock
 
 
@@ -438,7 +439,7 @@ def train_epoch(run, args, data, tick=lambda: None):
             sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
         tick()
     return {"beta": beta, "lr": lr, "grad_norm": norms / len(batches),
-            "clipped": model.prior.clipped(), 
+            "clipped": model.prior.clipped(),
             **columns("train", parallel.total(sums), len(order))}
 
 
@@ -495,7 +496,8 @@ def load(args):
         if found[0].sha256 != sha256:
             raise ValueError(f"{name} holds other images here than at process 0")
         return found
-    found = parallel.together(lambda: parallel.rank() == 0 and load_here(args.dataset, args.strict_data))
+    found = parallel.together(
+        lambda: parallel.rank() == 0 and load_here(args.dataset, args.strict_data))
     name, sha256 = parallel.gather(found and (found[0].name, found[0].sha256))[0]
     return parallel.together(lambda: found or follow())
 
