@@ -203,7 +203,9 @@ def test_many_pseudo_inputs_are_encoded_in_blocks_to_the_same_gradients(model, m
     for block in (7, 3):
         monkeypatch.setattr(models, "BLOCK", block)
         made = small(model, components=7).double()
+        made.prior.u.data.mul_(3).sub_(1)       # some beyond the bounds
         encode = made.encoder.forward
+        torch.testing.assert_close(made.prior.components(), encode(made.prior.u.clamp(0, 1)))
         made.encoder.forward = lambda x: (seen.append(len(x)), encode(x))[1]
         loss = made.terms(uniform(0, 1, 5, 6).round(), generator=seeded(1))["kl"]
         found.append([loss, *gradients(loss, list(made.parameters()))])
