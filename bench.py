@@ -365,7 +365,7 @@ def processes(quick):
                 done = subprocess.run(words, check=True, capture_output=True, env=environment)
                 times[count - 1] += json.loads(done.stdout)
         case = f"VAE + VampPrior, batch {B}, K = {K:,}: two processes of one thread, one of two"
-        row = new_row("processes", case, ratios=[a / b for a, b in zip(*times)], expected="ratio >= 0.9")
+        row = new_row("processes", case, ratios=[a / b for a, b in zip(*times)], expected="ratio >= 0.8")
         rows.append(row | {"plain": median(times[0]), "ours": median(times[1]),
                            "ratio": median(times[0]) / median(times[1])})
     return rows
