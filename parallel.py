@@ -160,8 +160,12 @@ def sum_gradients(parameters, loss):
     return loss
 
 
-class _Gather(torch.autograd.Function):
+def gather_rows(rows, count):
     """All rows (count, D) of the processes' shares; its gradient is the sum of all processes'."""
+    return _Gather.apply(rows, count)
+
+
+class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, count):
@@ -182,5 +186,4 @@ class _Gather(torch.autograd.Function):
 
 def encode(encoder, u):
     """mu and logvar of all of u (K, ...), of which each process encodes its share."""
-    own = torch.cat(encoder(share(u)), dim=1)
-    return _Gather.apply(own, len(u)).chunk(2, dim=1)
+    return gather_rows(torch.cat(encoder(share(u)), dim=1), len(u)).chunk(2, dim=1)

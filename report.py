@@ -89,7 +89,9 @@ def speed_block(path):
              "ratio": ("Times faster", "{:.3g}".format), "ratio_low": ("from", "{:.3g}".format),
              "ratio_high": ("to", "{:.3g}".format), "n": ("Repeats", "{:.0f}".format),
              "bound_share": ("Share of the bound", "{:.0%}".format),
-             "peak_mb": ("Peak memory", "{:,.0f} MB".format), "error": ("Error", "{:.1e}".format),
+             "peak_mb": ("Peak memory", "{:,.0f} MB".format), "predicted": ("By the model", duration),
+             "predicted_8": ("of 8", duration), "predicted_64": ("of 64", duration),
+             "error": ("Error", "{:.1e}".format),
              "expected": ("Expected", str)}
     with reading(path, "bench.py"):
         content, sections = json.loads(path.read_text(encoding="utf-8")), {}
@@ -99,8 +101,9 @@ def speed_block(path):
             if row.get("expected"):     # the rest is for those who open the record
                 sections.setdefault("growth" if growth else row["section"], []).append(row)
         parts = [f"Measured on {', '.join(content['machine'].values())}; torch {content['torch']}, "
-                 f"{content['threads']} threads; a large matrix product reaches "
-                 f"{content['gflops']:.0f} GFLOP/s. Medians; the record has more cases."]
+                 f"{content['threads']} threads; a large matrix product reaches " + ", ".join(
+                     f"{rate:.0f} GFLOP/s in {kind}" for kind, rate in content["gflops"].items())
+                 + ". Medians; the record has more cases."]
         for section, rows in sorted(sections.items(), key=lambda item: item[0] == "growth"):
             columns = [(section, [row["case"] for row in rows])]
             for key, (title, form) in forms.items():

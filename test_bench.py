@@ -31,10 +31,11 @@ def test_work_of_a_step_and_of_an_image_is_that_of_a_count_by_hand(monkeypatch):
     encoder = sum(size for name, size in sizes.items() if name.startswith("encoder"))
     decoder = sum(sizes.values()) - encoder
     monkeypatch.setattr(bench, "CELLS", [("vae", "standard")])
-    (step, large), (image,) = bench.step(True), bench.likelihood(True)
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: True)
+    (*steps, large), (image,) = bench.step(True), bench.likelihood(True)
     # batch 10: forward, and as much for either gradient, of which images need none
-    assert step["bound_share"] * step["ours"] == pytest.approx(
-        2 * 10 * (3 * (encoder + decoder) - sizes["encoder.body.0.linear.weight"]))
+    assert [step["bound_share"] * step["ours"] for step in steps] == [pytest.approx(
+        2 * 10 * (3 * (encoder + decoder) - sizes["encoder.body.0.linear.weight"]))] * 2
     # encoded once, 200 samples of it decoded
     assert image["bound_share"] * image["ours"] == pytest.approx(2 * (encoder + 200 * decoder))
 
@@ -45,12 +46,15 @@ def test_times_and_work_are_those_of_one_unit_and_a_slow_plain_form_is_left_out(
     monkeypatch.setattr(bench, "seconds", lambda form, calls=1: form())     # as the form says
     times = bench.compare(plain, ours, 3, (2, 4))
     assert times == ([3.0] * 3, [2.0] * 3, 32.0)
-    row = bench.new_row("step", "a case", times)
-    monkeypatch.setattr(bench, "product_rate", lambda size, rates=[160, 40]: rates.pop())
-    monkeypatch.setitem(bench.SECTIONS, "step", lambda quick: [row])
+    rows = [bench.new_row("step", case, times) for case in ("a case", "a case, bfloat16")]
+    rates = {torch.float32: [160, 40], torch.bfloat16: [80, 320]}       # before the section, after it
+    monkeypatch.setattr(bench, "product_rate", lambda size, kind: rates[kind].pop())
+    monkeypatch.setattr(train, "has_bfloat16", lambda device: True)
+    monkeypatch.setitem(bench.SECTIONS, "step", lambda quick: rows)
     assert bench.record(["step"], True)["rows"] == [dict.fromkeys(bench.KEYS) | {
-        "section": "step", "case": "a case", "plain": 3.0, "ours": 2.0, "n": 3, "ratio": 1.5,
-        "ratio_low": 1.5, "ratio_high": 1.5, "bound_share": 0.1}]
+        "section": "step", "case": case, "plain": 3.0, "ours": 2.0, "n": 3, "ratio": 1.5,
+        "ratio_low": 1.5, "ratio_high": 1.5, "bound_share": share}
+        for case, share in (("a case", 0.1), ("a case, bfloat16", 0.05))]
     monkeypatch.setattr(bench, "SECONDS", 5)
     assert bench.compare(plain, ours, 3)[0] == bench.compare(None, ours, 3)[0] == []
 
@@ -58,10 +62,10 @@ def test_times_and_work_are_those_of_one_unit_and_a_slow_plain_form_is_left_out(
 def test_quick_run_writes_the_record(tmp_path):
     out = tmp_path / "bench.json"
     subprocess.run([sys.executable, bench.__file__, "--quick", "--out", out], check=True)
-    record = json.loads(out.read_text())
+    record, kinds = json.loads(out.read_text()), 1 + train.has_bfloat16(torch.device("cpu"))
     assert list(record) == ["machine", "torch", "threads", "date", "gflops", "rows"]
     assert [row["section"] for row in record["rows"]] == (
-        ["mixture"] * 4 + ["growth"] * 2 + ["step"] * 5 + ["likelihood"] * 4 + ["growth", "processes"])
+        ["mixture"] * 4 + ["growth"] * 2 + ["step"] * (4 * kinds + 1) + ["likelihood"] * 4 + ["growth", "processes"])
     for row in record["rows"]:
         assert list(row) == bench.KEYS
         assert row["ratio_low"] is row["plain"] is None or row["ratio_low"] <= row["ratio_high"]

@@ -39,7 +39,8 @@ def assets(tmp_path_factory):
                  **({"samples": 500, "trained_in": "bfloat16"} if i < 4 else {"samples": 5000}),
                  active_units={"z1": i, "z2": i - 1} if layers else {"z": i})
     (folder / "bench.json").write_text(json.dumps(
-        {"machine": {"cpu": "CPU"}, "torch": "2.14", "threads": 2, "gflops": 231.4, "rows": ROWS}))
+        {"machine": {"cpu": "CPU"}, "torch": "2.14", "threads": 2,
+         "gflops": {"float32": 231.4}, "rows": ROWS}))
     (folder / "recipe.json").write_text(json.dumps({"protocol": "Validation.", "rows": TRIES}))
     return folder
 
