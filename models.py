@@ -654,6 +654,7 @@ def build(config, pseudo_inputs=None):
     return MODELS[config.model](config, pseudo_inputs)
 
 
+PRECISIONS = ("float32", "bfloat16")     # of matrix products
 DEVICES = ("auto", "cpu", "cuda")
 
 

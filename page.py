@@ -9,7 +9,7 @@ import numpy as np
 import files
 import plot
 from records import (ACTIVE, BETTER, PARTS, UNITS, data_lines, latent_columns, latent_notes, measured,
-                     results, stat, units, used)
+                     results, samples_of, stat, units, used)
 
 # ------------------------------------------------------------------------ what the numbers say
 # Every claim below is of this run, and of one model over another only beyond two standard errors.
@@ -263,7 +263,7 @@ def facts(folder, m):
     train, weights, components = (f"{number:,}" if number else "-" for number in (
         config.get("data", {}).get("train"), m.get("parameters"), m.get("components")))
     return {"Data": m["dataset"], "Binarisation": m["binarize"], "Training images": train,
-            "Test images": f"{m['images']:,}", "Importance samples, S": f"{m['samples']:,}",
+            "Test images": f"{m['images']:,}", "Importance samples, S": samples_of(m),
             "Recipe": recipe.get("name", "-") + changed, "Seed": str(seed),
             "Epochs": f"{m['epochs']:,}; epoch {m['best_epoch']:,} kept",
             "Training, minutes": f"{m['train_seconds'] / 60:,.1f}",

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from records import ACTIVE, PARTS, find_models, measured, read_runs
+from records import ACTIVE, PARTS, find_models, measured, read_runs, samples_of
 
 # labels come from files, and a dollar sign in one must not start a formula
 matplotlib.rcParams.update({
@@ -169,7 +169,7 @@ def draw_likelihood(run):
     ax.axvspan(mean - se, mean + se, color="black", alpha=0.25, lw=0)
     ax.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}\n± {se:.2f} standard error")
     bits = f"\n{m['bits_per_dim']['mean']:.3f} bits per dimension" if "bits_per_dim" in m else ""
-    ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {m['samples']:,}{bits}",
+    ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {samples_of(m)}{bits}",
            xlabel=f"log p(x) ({NATS})", ylabel="test images")
     ax.legend(loc="upper left")
     return fig
@@ -461,7 +461,7 @@ def main(argv=None):
     m, done = runs[0].metrics, f"{len(figures)} figures"
     files.Line(args.run.absolute().name if one else "").say(
         f"trained, evaluated and drawn: NLL {m['nll']['mean']:.2f} ± {m['nll']['se']:.2f} "
-        f"(S = {m['samples']:,}), {done} in {args.run}" if one else f"wrote {done} to {args.run}")
+        f"(S = {samples_of(m)}), {done} in {args.run}" if one else f"wrote {done} to {args.run}")
 
 
 if __name__ == "__main__":

@@ -130,7 +130,14 @@ def find_models(folder, names=None):
 
 def measured(m):
     """What two models must have in common for their numbers to be compared."""
-    return tuple(m[key] for key in ("dataset", "note", "binarize", "samples", "images"))
+    return (*(m[key] for key in ("dataset", "note", "binarize", "samples", "images")),
+            m.get("precision", "float32"))
+
+
+def samples_of(m):
+    """S of the likelihood, and its precision where that is not float32."""
+    own = m.get("precision", "float32")
+    return f"{m['samples']:,}{'' if own == 'float32' else f' in {own}'}"
 
 
 # ------------------------------------------------------------------------------------ columns
@@ -176,10 +183,11 @@ def data_lines(named):
     """Lines that say what the numbers of these models rest on."""
     kinds = {}
     for _, m in named:
-        kinds.setdefault(measured(m), set()).add(m.get("trained_in", "float32"))
+        kinds.setdefault((*measured(m)[:3], m["images"], samples_of(m)), set()).add(
+            m.get("trained_in", "float32"))
     lines = [f"{dataset}{f' ({note})' if note else ''}, {binarize} binarisation, {images:,} test "
-             f"images, S = {samples:,}, trained in {' and '.join(sorted(precisions))}."
-             for (dataset, note, binarize, samples, images), precisions in kinds.items()]
+             f"images, S = {samples}, trained in {' and '.join(sorted(precisions))}."
+             for (dataset, note, binarize, images, samples), precisions in kinds.items()]
     return lines + ["Warning: measured on different data, numbers of images or S, so these cannot "
                     "be compared and none is bold."] * (len(kinds) > 1)
 

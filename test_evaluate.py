@@ -15,8 +15,9 @@ import torch
 import data as datasets
 import evaluate
 import models
-from test_models import randn, seeded, uniform
 import plot
+import records
+from test_models import randn, seeded, uniform
 from test_train import digits, faces, fit, one_line, whole       # noqa: F401  (fixtures, too)
 
 
@@ -113,6 +114,23 @@ def test_likelihood_does_not_depend_on_blocks_or_threads(hwhole, monkeypatch):
     torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-4)
     assert found[0].shape == (len(data.test),) and found[0].dtype == torch.float64
     assert not torch.equal(evaluate.log_likelihood(model, data.test, 64, seeded(1)), found[0])
+
+
+def test_a_likelihood_in_bfloat16_is_close_and_marked(hwhole, tmp_path, monkeypatch):
+    shutil.copytree(hwhole, tmp_path / "hvamp")
+    products, seen = evaluate.by_coefficients, set()
+
+    def watched(z, coef, bias):
+        seen.add((z.dtype, torch.is_autocast_enabled("cpu")))
+        return products(z, coef, bias)
+    monkeypatch.setattr(evaluate, "by_coefficients", watched)
+    found = [evaluated(tmp_path / "hvamp", "--precision", name) for name in models.PRECISIONS]
+    single, half = (arrays["log_px"] for _, arrays in found)
+    assert 0 < np.abs(half - single).max() < 0.5 and seen == {(torch.float32, False)}
+    metrics = found[1][0]
+    assert metrics["precision"] == "bfloat16" and "S = 20 in bfloat16," in records.data_lines(
+        [("hvamp", metrics)])[0]
+    assert records.measured(found[0][0]) != records.measured(metrics)
 
 
 def test_likelihood_stops_without_waiting_for_the_block(whole, monkeypatch):

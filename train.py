@@ -29,8 +29,8 @@ import torch
 
 import data as datasets
 import parallel
-from models import (DEVICES, LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters,
-                    pick_device)
+from models import (DEVICES, LIKELIHOODS, MODELS, PRECISIONS, PRIORS, Config, build,
+                    constant_parameters, pick_device)
 
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 clipped grad_norm seconds").split()
@@ -61,7 +61,6 @@ RECIPES = {
               "tiny": (2, 100, 3e-3, 1, 0.998, 0.5, 50)},
 }
 SMALL, TINY = 10_000, 3_000
-PRECISIONS = ("float32", "bfloat16")
 CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is float32
 
 
