@@ -164,6 +164,7 @@ record:  ## copies the records of RUN to assets/, with TO=runs the figures too, 
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
+	@for f in $(if $(filter grey fashion,$(TO)),samples comparison); do cp $(RUN)/$$f.png assets/$(TO)-$$f.png; done
 	@$(MAKE) docs
 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/

@@ -48,7 +48,7 @@ def log_bernoulli(x, logits):
     """
     logits = _wide(logits)
     x = x.to(logits.dtype)
-    if not x.requires_grad and ((x == 0) | (x == 1)).all():
+    if not x.requires_grad and torch.equal(x, (x > 0).to(x.dtype)):
         return _LogBinary.apply(2 * x - 1, logits)
     x, logits = torch.broadcast_tensors(x, logits)
     return -F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(-1)
@@ -71,7 +71,7 @@ class _LogBinary(torch.autograd.Function):
             if product.shape[-1] % 2 == 0:
                 half = product.shape[-1] // 2
                 product = product[..., :half] * product[..., half:]
-        if (product > 1e-30).all():
+        if not product.numel() or product.min() > 1e-30:        # which is false of a NaN
             return product.log().sum(-1)
         return F.logsigmoid(logits * sign).sum(-1)
 
@@ -79,7 +79,8 @@ class _LogBinary(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         sign, probs = ctx.saved_tensors     # d log p / d logit = x - sigmoid(logit)
-        return None, ((1 - probs).mul_(sign).mul_(grad[..., None])).sum_to_size(ctx.shape)
+        slope = torch.addcmul(sign, sign, probs, value=-1)
+        return None, slope.mul_(grad[..., None]).sum_to_size(ctx.shape)
 
 
 def log_logistic(x, mean, logscale):
