@@ -121,6 +121,18 @@ def speed_block(path):
     return "\n\n".join(parts)
 
 
+def cost_block(m, B=1000, image=784):
+    """Markdown: what N processes share and send in a step of m's model, by its pseudo-inputs."""
+    rows = []
+    for K in (500, 5_000, 50_000):
+        P, D = m["parameters"] + (K - m["components"]) * image, m["latent_dims"]["z"]
+        rows.append((f"{K:,}", f"{P:,}", f"{K / (K + 2 * B):.0%}", f"{8 * K * D / 1e6:.1f}", *(
+            f"{4 * P * 2 * (N - 1) / N / 1e6:,.0f}" for N in (2, 8, 64))))
+    titles = ("K", "Parameters, P", "Share of products that encode u", "Gathered, MB",
+              *(f"All-reduce of {N}, MB" for N in (2, 8, 64)))
+    return table(zip(titles, zip(*rows)))
+
+
 def recipe_block(path):
     """Markdown of the recipe's changes: validation ELBO, with its spread over seeds."""
     with reading(path, "the tries"):
@@ -155,6 +167,7 @@ def blocks(assets):
         "plane": plane_block(plane) if plane else "",
         "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
             [m for _, m in runs]).splitlines()),
+        "cost": cost_block(dict(runs)["vamp"]) if "vamp" in dict(runs) else "",
         "speed": speed_block(bench) if bench.exists() else "",
         "recipe": recipe_block(recipe) if recipe.exists() else ""}
 
