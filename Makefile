@@ -160,7 +160,8 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
 	@set -e; for m in $(MODELS); do mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
-	  sed 's|"data_dir": .*|"data_dir": "data",|' $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
+	  sed -e 's|"data_dir": .*|"data_dir": "data",|' -e "s|\"out\": .*|\"out\": \"results/$(TO)/$$m\",|" \
+	  $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi

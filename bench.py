@@ -362,8 +362,8 @@ def processes(quick):
     """Rows of two processes of one thread each, "ours", beside one of two threads, "plain": a step of
     VAE + VampPrior, batch 1000. "predicted" is the step of 2, 8 and 64 processes by RESULTS.md's
     model of the cost, from one process of one thread and what two spend on passes and on talking."""
-    B, n, rows = (10, 2, []) if quick else (1000, 5, [])
-    for K in (12,) if quick else (500, 5000, 50_000):
+    B, rows = 10 if quick else 1000, []
+    for K, n in ((12, 2),) if quick else ((500, 9), (5000, 5), (50_000, 2)):
         kinds = ((1, 2), (2, 1), (1, 1))        # processes, threads of each
         found = {kind: {"step": [], "passes": [], "talk": []} for kind in kinds}
         for _ in range(1 if quick else 3):

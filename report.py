@@ -28,7 +28,7 @@ PUBLISHED = {
                               ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}),
     "fashion": ("NLL in arXiv:2004.04795", {("vae", "standard"): 228.70, ("vae", "vamp"): 227.35,
                                             ("hvae", "standard"): 227.37, ("hvae", "vamp"): 226.72})}
-RECORDS = "runs runs-5000 paper plane pseudo-inputs grey small fashion".split()    # under assets/
+RECORDS = "runs runs-5000 fast paper plane pseudo-inputs grey small fashion".split()    # under assets/
 
 
 def table(columns):
@@ -158,8 +158,9 @@ def blocks(assets):
     named = {name: read_named(assets / name) if any((assets / name).glob("*/metrics.json")) else []
              for name in RECORDS}
     runs, long, plane = (named[name] for name in ("runs", "paper", "plane"))
-    bench, recipe = assets / "bench.json", assets / "recipe.json"
+    bench = assets / "bench.json"
     texts = {name: full_tables(runs, record=True) if runs else "" for name, runs in named.items()}
+    texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
     return texts | {
         "time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
                 "on the two cores of the recorded runs, environment aside." if runs else "",
@@ -168,8 +169,7 @@ def blocks(assets):
         "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
             [m for _, m in runs]).splitlines()),
         "cost": cost_block(dict(runs)["vamp"]) if "vamp" in dict(runs) else "",
-        "speed": speed_block(bench) if bench.exists() else "",
-        "recipe": recipe_block(recipe) if recipe.exists() else ""}
+        "speed": speed_block(bench) if bench.exists() else ""}
 
 
 def renewed(path, texts):

@@ -36,12 +36,15 @@ def assets(tmp_path_factory):
         layers = {"kl1": stat(8 + i, 0.3), "kl2": stat(17 + i, 0.4)} if "/h" in run else {}
         fake_run(folder / run, recon=stat(-60 - i, 0.1), kl=stat(20 + i, 0.2), **layers,
                  elbo=stat(-80 - 2 * i, 0.3), nll=stat(90 - i, 0.01 * i), train_seconds=600.0 * i,
+                 parameters=1000,
                  **({"samples": 500, "trained_in": "bfloat16"} if i < 4 else {"samples": 5000}),
                  active_units={"z1": i, "z2": i - 1} if layers else {"z": i})
     (folder / "bench.json").write_text(json.dumps(
         {"machine": {"cpu": "CPU"}, "torch": "2.14", "threads": 2,
          "gflops": {"float32": 231.4}, "rows": ROWS}))
-    (folder / "recipe.json").write_text(json.dumps({"protocol": "Validation.", "rows": TRIES}))
+    for name in ("recipe", "recipe-more"):
+        tries = {"protocol": f"Validation, {name}.", "rows": TRIES}
+        (folder / f"{name}.json").write_text(json.dumps(tries))
     return folder
 
 
@@ -72,6 +75,9 @@ def test_every_column_comes_from_its_source(assets):
                                "0.30 nats per image.")
     assert rows(blocks["runs-5000"])[1].split(" | ")[4] == "82.00"
     assert blocks["recipe"].splitlines()[4:] == ["| base | -87.30 ± 0.10 | 3 | 60 | yes |"]
+    assert blocks["recipe-more"].splitlines()[0] == "Validation, recipe-more."
+    # of K = 500 there are 470 pseudo-inputs of 784 pixels more than of K = 30; 7 latents
+    assert rows(blocks["cost"])[1] == "500 | 369,480 | 20% | 0.0 | 1 | 3 | 3"
     assert rows(blocks["speed"]) == [       # what compares ours with ours is no speed-up
         "mixture | Plain | Ours | Times faster | Repeats | Share of the bound | Peak memory | "
         "Error | Expected",
