@@ -2,6 +2,7 @@
 
     pytest test_make.py -k "not slow"
 """
+import csv
 import json
 import os
 import re
@@ -240,11 +241,16 @@ def test_claims_of_the_recorded_runs():
         below = report.PUBLISHED["mnist"][1][m["model"], m["prior"]] - m["nll"]["mean"]
         assert below > m["nll"]["se"], name
         assert (m["samples"], m["images"]) == (5000, 10_000)
+    some = [HERE / "assets/pseudo-inputs" / K for K in ("K50", "K500", "K5000")]
+    nll = [json.loads((p / "metrics.json").read_text())["nll"]["mean"] for p in some]
+    last = [[*csv.DictReader((p / "log.csv").open())][-1] for p in some]
+    gaps = [float(row["train_elbo"]) - float(row["val_elbo"]) for row in last]
+    assert min(nll) == nll[1] and gaps == sorted(gaps) and gaps[2] > 2 * gaps[1]
     tries = json.loads((HERE / "assets/recipe.json").read_text())["rows"]
     spent = [row["minutes"] for row in tries if row["epochs"] == 12 and "minutes" in row]
     for float32, bfloat16 in zip(spent[::2], spent[1::2], strict=True):
         assert 1.8 < float32 / bfloat16 < 2.5       # "about half as fast"
-    for folder, name in (("runs-5000", "vae"), ("runs", "vamp"), ("runs", "hvamp")):
+    for folder, name in (("runs-5000", "vae"), ("runs", "vamp"), ("runs", "hvamp"), ("fast", "vamp")):
         m = json.loads((HERE / "assets" / folder / name / "metrics.json").read_text())
         assert m["nll"]["mean"] < report.PUBLISHED["mnist"][1][m["model"], m["prior"]], name
     epochs = [train.RECIPES[name]["large"][0] for name in ("default", "long")]
