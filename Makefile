@@ -165,7 +165,8 @@ record:  ## copies the records of RUN to assets/, with TO=runs the figures too, 
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
-	@for f in $(if $(filter grey fashion,$(TO)),samples comparison); do cp $(RUN)/$$f.png assets/$(TO)-$$f.png; done
+	@for f in $(if $(filter grey fashion,$(TO)),samples comparison vamp/pseudo_inputs); do \
+	  cp $(RUN)/$$f.png assets/$(TO)-$$(basename $$f).png; done
 	@$(MAKE) docs
 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/

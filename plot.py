@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from records import ACTIVE, PARTS, find_models, measured, read_runs, samples_of
+from records import ACTIVE, PARTS, binarisation, find_models, measured, read_runs, samples_of
 
 # labels come from files, and a dollar sign in one must not start a formula
 matplotlib.rcParams.update({
@@ -38,7 +38,7 @@ MARGIN = {"fontsize": 6.5, "color": "0.4"}
 
 def source(runs):
     """The line beneath a figure: the data it shows, with the data set's note if there is one."""
-    lines = [f"{m['dataset']}, {m['binarize']} binarisation, {m['images']:,} test images"
+    lines = [f"{m['dataset']}, {binarisation(m['binarize'])}, {m['images']:,} test images"
              + (f": {m['note']}" if m["note"] else "") for m in (run.metrics for run in runs)]
     return "   |   ".join(dict.fromkeys(lines))
 

@@ -134,6 +134,11 @@ def measured(m):
             m.get("precision", "float32"))
 
 
+def binarisation(name):
+    """One of dynamic, static and none, in words."""
+    return "not binarised" if name == "none" else f"{name} binarisation"
+
+
 def samples_of(m):
     """S of the likelihood, and its precision where that is not float32."""
     own = m.get("precision", "float32")
@@ -185,7 +190,7 @@ def data_lines(named):
     for _, m in named:
         kinds.setdefault((*measured(m)[:3], m["images"], samples_of(m)), set()).add(
             m.get("trained_in", "float32"))
-    lines = [f"{dataset}{f' ({note})' if note else ''}, {binarize} binarisation, {images:,} test "
+    lines = [f"{dataset}{f' ({note})' if note else ''}, {binarisation(binarize)}, {images:,} test "
              f"images, S = {samples}, trained in {' and '.join(sorted(precisions))}."
              for (dataset, note, binarize, images, samples), precisions in kinds.items()]
     return lines + ["Warning: measured on different data, numbers of images or S, so these cannot "

@@ -65,7 +65,8 @@ def test_quick_run_writes_the_record(tmp_path):
     record, kinds = json.loads(out.read_text()), 1 + train.has_bfloat16(torch.device("cpu"))
     assert list(record) == ["machine", "torch", "threads", "date", "gflops", "rows"]
     assert [row["section"] for row in record["rows"]] == (
-        ["mixture"] * 4 + ["growth"] * 2 + ["step"] * (4 * kinds + 1) + ["likelihood"] * 4 + ["growth", "processes"])
+        ["mixture"] * 4 + ["growth"] * 2 + ["step"] * (4 * kinds + 1) + ["likelihood"] * 4
+        + ["growth", "processes"])
     for row in record["rows"]:
         assert list(row) == bench.KEYS
         assert row["ratio_low"] is row["plain"] is None or row["ratio_low"] <= row["ratio_high"]
