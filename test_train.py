@@ -211,6 +211,12 @@ def test_flags_override_the_recipe_of_the_data_size(name, data, count):
     assert record == {"name": name, "size": data, "values": values, "changed": {"lr": 0.5}}
 
 
+@pytest.mark.parametrize("likelihood, size", [("bernoulli", "fashion"), ("logistic", "large")])
+def test_fashion_in_black_and_white_has_its_own_recipe(likelihood, size):
+    args = train.parse_args(["--likelihood", likelihood])
+    assert train.settle(args, 50_000, "fashion")[1]["size"] == size
+
+
 @pytest.mark.parametrize("flags, found", [("flags : fpu avx512f avx512_bf16 ssse3", "bfloat16"),
                                           ("Features : asimd bf16 i8mm", "bfloat16"),
                                           ("flags : fpu avx2 avx512f", "float32"), (None, "float32")])
