@@ -235,12 +235,18 @@ def step_back(code):
         sys.exit(code)
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults, but no None where the text says what is done then."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """Shows the defaults in its help; an error is one line, without the usage."""
 
     def __init__(self, description):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False, formatter_class=_Help)
 
     def error(self, message):
         step_back(2)
