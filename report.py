@@ -21,8 +21,8 @@ import plot
 from records import (ORDER, UNITS, data_lines, find_models, latent_columns, latent_notes, minutes,
                      read_metrics, read_named, read_runs, reading, results, stat, stats)
 
-# Published test NLL with dynamic binarisation: Tomczak & Welling (2018), Table 1; Norouzi, Fleet &
-# Norouzi (2020, arXiv:2004.04795), Table 1, whose VampPrior is the former's.
+# Published test NLL with dynamic binarisation, S = 5,000: Tomczak & Welling (2018), Table 1; Norouzi,
+# Fleet & Norouzi (2020, arXiv:2004.04795).
 PUBLISHED = {
     "mnist": ("Paper's NLL", {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
                               ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}),
