@@ -65,16 +65,16 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
             inferred = model.infer(block)
             jobs = [(block[i:i + 1], _map(inferred, lambda t: t[i:i + 1]), base + first + i)
                     for i in range(len(block))]
-            result[first] = found = []
+            found = []
             for values in pool.map(lambda job: _image_terms(model, prior, S, precision, *job), jobs):
                 found.append(values)
                 tick()
+            result[first] = {name: torch.stack([values[name] for values in found]) for name in found[0]}
     finally:
         torch.set_num_threads(before)
         pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
     blocks = {first: part for parts in parallel.gather(result) for first, part in parts.items()}
-    images = [values for first in sorted(blocks) for values in blocks[first]]
-    return {name: torch.stack([values[name] for values in images]) for name in images[0]}
+    return {name: torch.cat([blocks[first][name] for first in sorted(blocks)]) for name in blocks[0]}
 
 
 @torch.no_grad()    # a thread has its own switch of gradients, and of autocast
@@ -412,10 +412,10 @@ def main(argv=None):
         data = replace(data, test=data.test[:args.images],
                        test_labels=None if labels is None else labels[:args.images])
     line = files.Line(path.parent.name)
-    with line.bar(len(data.test), f"likelihood, S = {args.samples:,}",
+    own = len(range(0, len(data.test), INFER)[::parallel.size()]) * INFER     # of the first process
+    with line.bar(min(own, len(data.test)), f"likelihood, S = {args.samples:,}",
                   disable=parallel.rank() > 0) as bar:
-        found = evaluate(model, data, args.samples, args.seed, lambda: bar.update(parallel.size()),
-                         args.precision)
+        found = evaluate(model, data, args.samples, args.seed, bar.update, args.precision)
     if not found:
         return
     metrics, arrays = found

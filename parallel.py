@@ -8,6 +8,8 @@ A share is a run of ceil(n / size) rows; the last processes may get fewer, or no
 import contextlib
 import os
 import sys
+import time
+import uuid
 from datetime import timedelta
 
 import torch
@@ -45,16 +47,39 @@ def start(device):
             raise OSError(f"{here} processes, but {torch.cuda.device_count()} GPUs here; a lower "
                           "--nproc-per-node, or --device cpu")
         torch.cuda.set_device(local)
-    again = os.environ.get("TORCHELASTIC_RESTART_COUNT")    # the store keeps what an earlier start left
     try:
         store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=WAIT)))
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=count,
-            store=distributed.PrefixStore(f"{count}, {again}", store), timeout=timedelta(minutes=30))
+            store=distributed.PrefixStore(meet(store, rank, count), store),
+            timeout=timedelta(minutes=30))
     except (RuntimeError, ValueError) as error:
-        raise OSError(f"the {count} processes did not meet within {WAIT} seconds; start all of them "
-                      f"by torchrun ({files.one_line(error)[:100]})") from None
+        raise OSError(f"the {count} processes did not meet (in {WAIT} seconds, at most); start all of "
+                      f"them by torchrun ({files.one_line(error)[:100]})") from None
     _rank, _size = rank, count
+
+
+def meet(store, rank, count):
+    """A name for this start, the same on all processes: the store keeps what an earlier start left,
+    and torchrun's count of restarts is each machine's own. RuntimeError after WAIT seconds."""
+    end = time.monotonic() + WAIT
+    if rank == 0:
+        name = uuid.uuid4().hex
+        store.set("start", name)
+        store.wait([f"{name} {other}" for other in range(1, count)], timedelta(seconds=WAIT))
+        store.delete_key("start")       # a later start shall not find it
+        store.set(f"{name} go", "")
+        return name
+    while True:
+        store.wait(["start"], timedelta(seconds=max(1, end - time.monotonic())))
+        name = store.get("start").decode()
+        store.set(f"{name} {rank}", "")
+        try:
+            store.wait([f"{name} go"], timedelta(seconds=1))
+            return name
+        except RuntimeError:            # perhaps a start that never came about left this name
+            if time.monotonic() > end:
+                raise
 
 
 def script(main):

@@ -124,7 +124,6 @@ def parse_args(argv=None):
     args = p.parse_args(argv)
     if parallel.launched() and not args.out:
         p.error("processes that torchrun starts need --out, the run folder that they share")
-    args.resume = args.resume or parallel.restarted()
     if args.resume and not args.out:
         p.error("--resume needs --out, the run folder to go on with")
     name = {"standard": args.model}.get(args.prior, args.model[:-3] + args.prior)
@@ -509,6 +508,7 @@ def load(args):
 def train(args):
     """The whole run: what there is to say of it, in a sentence."""
     parallel.start(args.device)
+    args.resume = args.resume or any(parallel.gather(parallel.restarted()))
     (data, device), out = load(args), Path(args.out)
     args, recipe = settle(args, len(data.train), data.name)
     if args.batch_size < parallel.size():
