@@ -172,7 +172,8 @@ def stats(key, metrics):
 
 def minutes(m):
     """How long training took, in whole minutes."""
-    return f"{m['train_seconds'] / 60:.0f}" if m else "-"
+    spent = m["train_seconds"] / 60 if m else None
+    return "-" if spent is None else "<1" if spent < 0.5 else f"{spent:.0f}"
 
 
 def results(named, metrics):

@@ -241,6 +241,15 @@ def test_claims_of_the_recorded_runs():
         below = report.PUBLISHED["mnist"][1][m["model"], m["prior"]] - m["nll"]["mean"]
         assert below > m["nll"]["se"], name
         assert (m["samples"], m["images"]) == (5000, 10_000)
+    bench = json.loads((HERE / "assets/bench.json").read_text())["rows"]
+    for row in bench:
+        if row["case"].endswith("bfloat16"):
+            assert 0.28 < row["bound_share"] < 0.42     # "about a third"
+        if row["section"] == "processes":
+            assert row["ratio"] < 1 and row["ours"] > row["predicted"]      # slower than one, than the model
+    for name in ("vamp", "hvamp"):
+        m = json.loads((HERE / "assets/fashion" / name / "metrics.json").read_text())
+        assert m["nll"]["mean"] < report.PUBLISHED["fashion"][1][m["model"], m["prior"]]
     some = [HERE / "assets/pseudo-inputs" / K for K in ("K50", "K500", "K5000")]
     nll = [json.loads((p / "metrics.json").read_text())["nll"]["mean"] for p in some]
     last = [[*csv.DictReader((p / "log.csv").open())][-1] for p in some]
