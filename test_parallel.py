@@ -209,7 +209,7 @@ def test_processes_meet_whatever_an_earlier_start_left(monkeypatch):
     late.join()
     assert found == [name]
     monkeypatch.setattr(parallel, "WAIT", 1)
-    for rank in (0, 1):
+    for rank in (1, 0):     # neither finds the other, nor what the first start left
         with pytest.raises(RuntimeError):
             parallel.meet(store, rank, 2)
 
