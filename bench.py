@@ -392,20 +392,15 @@ def own_steps(B, K, n):
     these of passes over all parameters, and of talking to the others, each process having come."""
     parallel.start("cpu")
     run, args, data = prepare("vae", "vamp", B, "--batch-size", B, "--pseudo-inputs", K)
-    parameters, averaged = list(run.model.parameters()), list(run.average.parameters())
     train.train_epoch(run, args, data)      # the optimiser's moments are made
 
     def passes():
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        run.optimizer.step()
-        run.model.prior.project_()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 0.01)
+        train.move(run, args, 1)
 
     def talk():
         rows = torch.zeros(len(parallel.share(range(K))), 2 * args.z_dim, requires_grad=True)
         parallel.gather_rows(rows, K).sum().backward()
-        parallel.sum_gradients(parameters, torch.zeros(()))
+        parallel.sum_gradients(list(run.model.parameters()), torch.zeros(()))
 
     found = {"step": [seconds(lambda: train.train_epoch(run, args, data)) for _ in range(n)]}
     for name, part in (("passes", passes), ("talk", talk)):

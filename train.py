@@ -399,6 +399,20 @@ def validate(model, x, seed, batch=1000):
     return columns("val", parallel.total(sums), len(x))
 
 
+def move(run, args, step):
+    """Clips the gradients, steps, keeps pseudo-inputs in bounds and averages the weights; `step` were
+    made before. Returns the gradients' norm, a float; where it is not finite, nothing has moved."""
+    parameters = list(run.model.parameters())
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
+    if math.isfinite(norm):
+        run.optimizer.step()
+        run.model.prior.project_()
+        with torch.no_grad():       # early on, an average of few steps; later args.ema
+            weight = 1 - min(args.ema, (1 + step) / (10 + step)) if args.ema else 1.0
+            torch._foreach_lerp_(list(run.average.parameters()), parameters, weight)
+    return norm
+
+
 def train_epoch(run, args, data, tick=lambda: None):
     """One pass over the training set, the epoch after run.epoch: log.csv's columns of it.
 
@@ -411,8 +425,7 @@ def train_epoch(run, args, data, tick=lambda: None):
     if parallel.size() > 1:     # the order is that of all, the noise each process's own
         seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=order.device)
         generator.manual_seed(seeds[parallel.rank()].item())
-    parameters, averaged = list(model.parameters()), list(run.average.parameters())
-    batches = order.split(args.batch_size)
+    parameters, batches = list(model.parameters()), order.split(args.batch_size)
     sums, norms = {}, 0.0
     for step, index in enumerate(batches):
         # the last step stops half a step short of the end, where a rate of 0 would waste it
@@ -428,16 +441,10 @@ def train_epoch(run, args, data, tick=lambda: None):
         run.optimizer.zero_grad()
         loss.backward()
         loss = parallel.sum_gradients(parameters, loss)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
-        if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        norm = move(run, args, (epoch - 1) * len(batches) + step) if loss.isfinite() else math.nan
+        if not math.isfinite(norm):
             raise Diverged(f"the loss or its gradient is not finite in epoch {epoch}, step {step + 1}")
-        run.optimizer.step()
-        model.prior.project_()
-        with torch.no_grad():       # early on, an average of few steps; later args.ema
-            seen = (epoch - 1) * len(batches) + step
-            weight = 1 - min(args.ema, (1 + seen) / (10 + seen)) if args.ema else 1.0
-            torch._foreach_lerp_(averaged, parameters, weight)
-        norms += norm.item()
+        norms += norm
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
         tick()
@@ -456,7 +463,7 @@ def fit(run, args, data, out):
     if not run.epoch:
         run.shoot(args.epochs)
     bar = files.Line(out.name).bar(args.epochs * steps, "training", initial=run.epoch * steps,
-                                     disable=parallel.rank() > 0)
+                                   disable=parallel.rank() > 0)
     with bar:
         while run.epoch < args.epochs and (
                 not run.best or run.epoch - run.best_epoch < args.patience):
