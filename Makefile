@@ -15,6 +15,7 @@ MODELS    ?= vae vamp hvamp
 DATASET   ?= mnist
 DATA_DIR  ?= data
 RECIPE    ?= default
+SEEDS     := $(if $(filter undefined,$(origin SEED)),0 1 2,$(SEED))
 SEED      ?= 0
 EPOCHS    ?=
 SAMPLES   ?= 500
@@ -64,7 +65,7 @@ help:  ## this list
 	@echo 'vae, vamp, hvae, hvamp, mog, hmog   one model alone: train -> evaluate -> plot'
 	@echo 'Variables: RUN=$(RUN) (an existing folder is continued) MODELS="$(MODELS)" DATASET=$(DATASET)'
 	@echo '  DATA_DIR=$(DATA_DIR) STRICT=1 (no other data than asked for) RECIPE=$(RECIPE) (or long, quick)'
-	@echo '  SEED=$(SEED) EPOCHS SAMPLES=$(SAMPLES) JOBS PYTHON3=python3.12 (makes the venv) PYTHON=python3 (no venv)'
+	@echo '  SEED=$(SEED) (paper: "$(SEEDS)") EPOCHS SAMPLES=$(SAMPLES) JOBS PYTHON3=python3.12 (makes the venv) PYTHON=python3 (no venv)'
 	@echo '  PROCS=$(PROCS) (processes that share out each model, by torchrun)'
 	@echo '  TRAIN_FLAGS, EVAL_FLAGS (see train.py --help, evaluate.py --help)'
 
@@ -98,8 +99,13 @@ plane: $(ENV)  ## the picture at the head of the README: three priors of two lat
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-plane) MODELS="vae mog vamp" EPOCHS=$(or $(EPOCHS),120) \
 	  TRAIN_FLAGS="--z-dim 2 $(TRAIN_FLAGS)"
 
-paper: $(ENV)  ## the full protocol, hours: four models, longer training, S = 5000
-	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-paper) RECIPE=long SAMPLES=5000 MODELS="vae vamp hvae hvamp"
+# a folder seed0, seed1, ... for each training seed, with a report of its own
+PAPER := $(RUN)$(if $(NEW_RUN),-paper)
+paper: $(ENV)  ## the full protocol, hours: four models, three seeds, longer training, S = 5000
+	@set -e; for s in $(SEEDS); do $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long SAMPLES=5000 \
+	  MODELS="vae vamp hvae hvamp"; done
+	@rm -f $(PAPER)/latest; ln -sfn $(notdir $(PAPER)) $(dir $(PAPER))latest
+	@$(PYTHON) report.py $(PAPER)
 
 # What the targets above chain. Real files, so that RUN=... makes only what is missing; code is no
 # prerequisite: an edited comment must not retrain for an hour. The two-layer models take longest:
@@ -158,7 +164,8 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@set -e; for m in $(MODELS); do mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
+	@set -e; for f in $$(cd $(RUN); ls -d {,seed*/}*/metrics.json 2>/dev/null); do m=$$(dirname $$f); \
+	  mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
 	  sed -e 's|"data_dir": .*|"data_dir": "data",|' -e "s|\"out\": .*|\"out\": \"results/$(TO)/$$m\",|" \
 	  $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
 	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \

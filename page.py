@@ -335,7 +335,7 @@ def page(folder, folders, runs):
         HEAD.replace("{title}", html.escape(f"Report on {data}: {models}")),
         tag("h1", f"Report on {data}"), tag("p", f"{models}."),
         *(tag("p", line, **{"class": "warning" if line.startswith("Warning: ") else "data"})
-          for line in data_lines(named)),
+          for line in data_lines(metrics)),
         f"\n<nav>{links}</nav>\n<main>\n",
         *(f'<section id="part{i}">\n{tag("h2", heading)}\n{content}</section>\n'
           for i, (heading, content) in enumerate(parts)),

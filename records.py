@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,8 @@ ACTIVE = 0.01           # variance of the posterior mean over the images, Burda 
 BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # not a KL
 UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
          "Recon and ELBO are.")
+SEED_UNITS = ("Of several training seeds: ± standard deviation over the seeds instead; the standard error "
+              "over the test images, which are the same for all, has its own column.")
 
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")    # one model
 
@@ -154,10 +157,50 @@ def read_named(folder, names=None):
             for name, path in find_models(folder, names).items()]
 
 
+def find_seeds(folder):
+    """The folders seed0, seed1, ... that `make paper` leaves in one; none in another run's."""
+    return sorted(folder.glob("seed*[0-9]"), key=lambda path: (len(path.name), path.name))
+
+
+def read_seeds(folder, names=None):
+    """[{folder name: metrics}], a dict for each training seed; one dict where there is but one."""
+    return [dict(read_named(path, names)) for path in find_seeds(folder) or [folder]]
+
+
+def over_seeds(runs):
+    """The dicts of read_seeds as one: each number's mean over the seeds that have the model. A
+    quantity's "se" is the mean of its standard errors over the images, "sd" its standard deviation
+    over the seeds (n - 1), "each" its values. ValueError if seeds were not measured alike."""
+    if len(runs) == 1:
+        return runs[0]
+    found = {name: [run[name] for run in runs if name in run] for run in runs for name in run}
+    for name, values in found.items():
+        if len(set(map(measured, values))) > 1:
+            raise ValueError(f"{name}: its seeds differ in data, images, S or precision: evaluate "
+                             "them alike")
+    return {name: _mean(values) for name, values in found.items()}
+
+
+def _mean(values):
+    """The mean of numbers, and of those in dicts; of anything else, the first."""
+    first = values[0]
+    if isinstance(first, dict):
+        merged = {key: _mean([v[key] for v in values]) for key in first if all(key in v for v in values)}
+        if "se" in merged:
+            each = [v["mean"] for v in values]
+            merged |= {"each": each, "sd": statistics.stdev(each) if len(each) > 1 else 0.0}
+        return merged
+    same = values.count(first) == len(values)
+    return statistics.fmean(values) if not same and isinstance(first, (int, float)) else first
+
+
 def stat(m, key):
-    """Mean ± standard error of one quantity in metrics m; "-" where it was not measured."""
-    se = f" ± {m[key]['se']:.2f}" if m and key in m and m["images"] > 1 else ""
-    return f"{m[key]['mean']:.2f}{se}" if m and key in m else "-"
+    """Mean ± standard error of one quantity in metrics m, over seeds ± standard deviation; "-"
+    where it was not measured."""
+    if not m or key not in m:
+        return "-"
+    spread = m[key].get("sd", m[key]["se"] if m["images"] > 1 else None)
+    return f"{m[key]['mean']:.2f}{'' if spread is None else f' ± {spread:.2f}'}"
 
 
 def stats(key, metrics):
@@ -185,10 +228,23 @@ def results(named, metrics):
         ("Bits/dim", stats("bits_per_dim", metrics))] * bits
 
 
-def data_lines(named):
+def seed_columns(metrics):
+    """Columns of what over_seeds knows of the NLL beside its mean and spread; none for one seed."""
+    nll = [m["nll"] if m else {} for m in metrics]
+    return [("NLL of each seed", [", ".join(f"{v:.2f}" for v in q.get("each", [])) or "-" for q in nll]),
+            ("Standard error over images", [f"{q['se']:.2f}" if "each" in q else "-" for q in nll])
+            ] if any("each" in q for q in nll) else []
+
+
+def units_lines(metrics):
+    """What the numbers in a table of these are."""
+    return [UNITS] + [SEED_UNITS] * any("each" in m["nll"] for m in metrics if m)
+
+
+def data_lines(metrics):
     """Lines that say what the numbers of these models rest on."""
     kinds = {}
-    for _, m in named:
+    for m in metrics:
         kinds.setdefault((*measured(m)[:3], m["images"], samples_of(m)), set()).add(
             m.get("trained_in", "float32"))
     lines = [f"{dataset}{f' ({note})' if note else ''}, {binarisation(binarize)}, {images:,} test "
@@ -200,7 +256,7 @@ def data_lines(named):
 
 def units(m):
     """How many units of each layer are active."""
-    return ", ".join(f"{layer} {n} of {m['latent_dims'][layer]}"
+    return ", ".join(f"{layer} {round(n, 1):g} of {m['latent_dims'][layer]}"
                      for layer, n in m["active_units"].items())
 
 

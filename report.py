@@ -18,8 +18,9 @@ import numpy as np
 
 import page
 import plot
-from records import (ORDER, UNITS, data_lines, find_models, latent_columns, latent_notes, minutes,
-                     read_metrics, read_named, read_runs, reading, results, stat, stats)
+from records import (ORDER, data_lines, find_models, find_seeds, latent_columns, latent_notes, minutes,
+                     over_seeds, read_metrics, read_runs, read_seeds, reading, results, seed_columns,
+                     stat, stats, units_lines)
 
 # Published test NLL with dynamic binarisation, S = 5,000: Tomczak & Welling (2018), Table 1; Norouzi,
 # Fleet & Norouzi (2020, arXiv:2004.04795).
@@ -58,29 +59,34 @@ def published(metrics):
     return [(title, [f"{value:.2f}" if value else "-" for value in cells])]
 
 
-def full_tables(named, record=False):
-    """Markdown: results (of a record, more), what they rest on, and what the latents carry."""
-    metrics = [m for _, m in named]
-    columns = results(named, metrics)
+def full_tables(runs, record=False):
+    """Markdown: results (of a record, more), what they rest on, and what the latents carry; of runs
+    {folder name: metrics}, one for each training seed."""
+    merged = over_seeds(runs)
+    metrics, each = [*merged.values()], [m for run in runs for m in run.values()]
+    columns = results([*merged.items()], metrics) + seed_columns(metrics)
     if record:
         columns += [*published(metrics), ("Epochs", [f"{m['epochs']:,}" for m in metrics]),
-                    ("Training, minutes", map(minutes, metrics))]
-    notes = "\n".join(f"- {line}" for line in [*data_lines(named), UNITS])
+                    ("Training, minutes", [
+                        ", ".join(minutes(r[name]) for r in runs if name in r) for name in merged])]
+    notes = "\n".join(f"- {line}" for line in [*data_lines(each), *units_lines(metrics)])
     latents = [columns[0], *latent_columns(metrics)]
     return "\n\n".join([table(columns), notes, table(latents), latent_notes(metrics)])
 
 
-def results_block(runs, long):
-    """Markdown: one table of the short runs and the long ones, given as {folder name: metrics}."""
+def results_block(runs, seeds):
+    """Markdown: one table of the short runs, {folder name: metrics}, and the long ones, one such dict
+    for each training seed."""
+    long = over_seeds(seeds)
     names = [n for n in ORDER if n in runs or n in long]
     names += sorted({*runs, *long} - set(names))
     short, full = ([part.get(name) for name in names] for part in (runs, long))
     columns = results([(name, a or b) for name, a, b in zip(names, short, full)], short) + [
         ("Training, minutes", map(minutes, short)), ("NLL of `make paper`", stats("nll", full)),
-        ("Training, minutes", map(minutes, full)), *published([b or a for a, b in zip(short, full)])]
-    lines = [f"{name}: {line}" for name, part in (("`make all`", runs), ("`make paper`", long))
-             for line in data_lines(part.items())]
-    return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, UNITS])])
+        *seed_columns(full)[1:], *published([b or a for a, b in zip(short, full)])]
+    lines = [f"{name}: {line}" for name, part in (("`make all`", [runs]), ("`make paper`", seeds))
+             for line in data_lines([m for run in part for m in run.values()])]
+    return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, *units_lines(full)])])
 
 
 def duration(seconds):
@@ -147,28 +153,28 @@ def recipe_block(path):
         return content["protocol"] + "\n\n" + table(zip(titles, zip(*rows)))
 
 
-def plane_block(named):
+def plane_block(metrics):
     """A line of Markdown: the ELBOs of the models with two latents."""
-    elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for _, m in named)
-    return f"Test ELBO after {named[0][1]['epochs']} epochs, one seed: {elbos} nats per image."
+    elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for m in metrics)
+    return f"Test ELBO after {metrics[0]['epochs']} epochs, one seed: {elbos} nats per image."
 
 
 def blocks(assets):
     """{name: Markdown} of every block; "" where nothing is recorded under `assets`."""
-    named = {name: read_named(assets / name) if any((assets / name).glob("*/metrics.json")) else []
+    found = {name: read_seeds(assets / name) if any((assets / name).rglob("metrics.json")) else [{}]
              for name in RECORDS}
-    runs, long, plane = (named[name] for name in ("runs", "paper", "plane"))
+    runs, plane, seeds = found["runs"][0], found["plane"][0], found["paper"]
     bench = assets / "bench.json"
-    texts = {name: full_tables(runs, record=True) if runs else "" for name, runs in named.items()}
+    texts = {name: full_tables(part, record=True) if part[0] else "" for name, part in found.items()}
     texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
     return texts | {
-        "time": f"`make all` takes about {expected_minutes(dict(runs), dict(runs), 2)} minutes "
+        "time": f"`make all` takes about {expected_minutes(runs, runs, 2)} minutes "
                 "on the two cores of the recorded runs, environment aside." if runs else "",
-        "results": results_block(dict(runs), dict(long)) if runs or long else "",
-        "plane": plane_block(plane) if plane else "",
+        "results": results_block(runs, seeds) if runs or seeds[0] else "",
+        "plane": plane_block([*plane.values()]) if plane else "",
         "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
-            [m for _, m in runs]).splitlines()),
-        "cost": cost_block(dict(runs)["vamp"]) if "vamp" in dict(runs) else "",
+            [*runs.values()]).splitlines()),
+        "cost": cost_block(runs["vamp"]) if "vamp" in runs else "",
         "speed": speed_block(bench) if bench.exists() else ""}
 
 
@@ -209,7 +215,7 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
 @files.command
 def main(argv=None):
     parser = files.Parser(__doc__.split("\n")[0])
-    parser.add_argument("run", nargs="?", type=Path, help="folder of several evaluated models")
+    parser.add_argument("run", nargs="?", type=Path, help="folder of evaluated models, or of seed0 and so on")
     parser.add_argument("--models", nargs="+", metavar="NAME", help="only these, in this order")
     parser.add_argument("--expect", type=int, metavar="JOBS", help="only say how long they take")
     parser.add_argument("--epochs", type=int, help="for --expect (default: as recorded)")
@@ -232,14 +238,18 @@ def main(argv=None):
             files.write_atomic(path, text)
         print("renewed", *args.docs)
     else:
-        folders = find_models(args.run, args.models)
-        runs = read_runs([*folders.values()])
-        named = [(name, run.metrics) for name, run in zip(folders, runs)]
-        files.write_atomic(args.run / "comparison.md", f"# Comparison\n\n{full_tables(named)}\n")
-        files.write_atomic(args.run / "report.html", page.page(args.run, [*folders.values()], runs))
-        columns = results(named, [m for _, m in named])
-        print(plain(columns), UNITS, *data_lines(named), sep="\n")
-        print(f"{args.run / 'report.html'}: the figures, the tables and how to read them")
+        runs = read_seeds(args.run, args.models)
+        if alone := not find_seeds(args.run):       # each seed has a page of its own
+            folders = [*find_models(args.run, args.models).values()]
+            text = page.page(args.run, folders, read_runs(folders))
+            files.write_atomic(args.run / "report.html", text)
+        files.write_atomic(args.run / "comparison.md", f"# Comparison\n\n{full_tables(runs)}\n")
+        merged, each = over_seeds(runs), [m for run in runs for m in run.values()]
+        metrics = [*merged.values()]
+        columns = results([*merged.items()], metrics) + seed_columns(metrics)
+        print(plain(columns), *units_lines(metrics), *data_lines(each), sep="\n")
+        if alone:
+            print(f"{args.run / 'report.html'}: the figures, the tables and how to read them")
 
 
 if __name__ == "__main__":
