@@ -31,7 +31,8 @@ import parallel
 from models import (DEVICES, PRECISIONS, PRIORS, StandardPrior, build, by_coefficients, log_mixture,
                     log_normal, mixture_coefficients, pick_device)
 
-CHUNK = 1000        # samples of one image in one pass: large enough for the matrix products
+CHUNK = 1000        # samples in one pass of a thread: large enough for the matrix products
+WIDE = 25_000       # samples in one pass of a GPU, over many images: 80 MB of logits
 INFER = 100         # images encoded at once
 ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
 NEIGHBOURS = 5      # of the k-NN classifier
@@ -51,25 +52,28 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
     Every image has its own noise, seeded by its place, and a thread of its own, which works on it in
     passes of CHUNK samples: memory is that of CHUNK x 784 logits a thread and of S numbers, and
     neither block sizes nor the number of threads enter the result, nor that of processes, which are
-    dealt whole blocks of INFER images. `tick` is called after each image of this process. `precision`
-    is that of the decoder's products; the densities' stay float32 at least.
+    dealt whole blocks of INFER images. A GPU takes such a block at once, with noise of its own, in
+    passes of WIDE samples. `tick` is called after each image of this process. `precision` is that of
+    the decoder's products; the densities' stay float32 at least.
     """
     base = torch.randint(2**62, (), generator=generator).item()
     before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(before if x.device.type == "cpu" else 1)
+    n = images_at_once(x.device)
+    pool = ThreadPoolExecutor(before if n == 1 else 1)
     torch.set_num_threads(1)    # images share out better than the small products of one
     try:
         prior, result = model.prior.frozen(), {}
         for first in range(parallel.rank() * INFER, len(x), parallel.size() * INFER):
             block = datasets.pixels(x[first:first + INFER])
             inferred = model.infer(block)
-            jobs = [(block[i:i + 1], _map(inferred, lambda t: t[i:i + 1]), base + first + i)
-                    for i in range(len(block))]
+            jobs = [(block[i:i + n], _map(inferred, lambda t: t[i:i + n]), base + first + i)
+                    for i in range(0, len(block), n)]
             found = []
             for values in pool.map(lambda job: _image_terms(model, prior, S, precision, *job), jobs):
                 found.append(values)
-                tick()
-            result[first] = {name: torch.stack([values[name] for values in found]) for name in found[0]}
+                for _ in values["elbo"]:
+                    tick()
+            result[first] = {name: torch.cat([values[name] for values in found]) for name in found[0]}
     finally:
         torch.set_num_threads(before)
         pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
@@ -77,20 +81,26 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
     return {name: torch.cat([blocks[first][name] for first in sorted(blocks)]) for name in blocks[0]}
 
 
+def images_at_once(device):
+    """How many images a pass of importance_terms takes on this device."""
+    return 1 if device.type == "cpu" else INFER
+
+
 @torch.no_grad()    # a thread has its own switch of gradients, and of autocast
 def _image_terms(model, prior, S, precision, x, inferred, seed):
-    """What importance_terms says of one image x (1, D): a dict of float64 scalars."""
+    """What importance_terms says of images x (n, D): a dict of (n,) float64."""
     (mu, _), *_ = inferred
     noise = torch.Generator(x.device).manual_seed(seed)
-    near = prior if isinstance(prior, StandardPrior) else Around(prior, mu[0])
+    alone, size = len(x) == 1, CHUNK if len(x) == 1 else max(1, WIDE // len(x))
+    near = Around(prior, mu[0]) if alone and not isinstance(prior, StandardPrior) else prior
     with torch.autocast(x.device.type, torch.bfloat16, precision == "bfloat16"):
-        passes = [model.terms(x, min(CHUNK, S - done), noise, inferred, near)
-                  for done in range(0, S, CHUNK)]
-    terms = {name: torch.cat([part[name] for part in passes]).cpu().double()
+        passes = [model.terms(x, min(size, S - done), noise, inferred, near)
+                  for done in range(0, S, size)]
+    terms = {name: torch.cat([part[name] for part in passes]).cpu().double().T.contiguous()
              for name in passes[0]}
-    log_w = (terms["recon"] - terms["kl"]).squeeze(1)
-    return {name: value.mean() for name, value in terms.items()} | {
-        "elbo": log_w.mean(), "log_px": log_w.logsumexp(0) - math.log(S)}
+    log_w = terms["recon"] - terms["kl"]
+    return {name: value.mean(1) for name, value in terms.items()} | {
+        "elbo": log_w.mean(1), "log_px": log_w.logsumexp(1) - math.log(S)}
 
 
 class Around:

@@ -67,29 +67,32 @@ def test_a_mixture_around_a_center_is_the_mixture(learned, reach, low, high, bou
         assert (value - prior.log_prob(z.float().double())).abs().max() <= bound
 
 
-@pytest.mark.parametrize("kind", ["whole", "hwhole", "grey"])
-def test_likelihood_equals_the_plain_estimate(kind, request):
-    """As the field writes it: all samples at once, float64, the same noise image by image."""
+@pytest.mark.parametrize("kind, n", [("whole", 1), ("hwhole", 1), ("grey", 1), ("hwhole", 7)])
+def test_likelihood_equals_the_plain_estimate(kind, n, request, monkeypatch):
+    """As the field writes it: all samples at once, float64, the same noise image by image, or by n
+    images as on a GPU."""
+    monkeypatch.setattr(evaluate, "images_at_once", lambda device: n)
     model, data, _ = evaluate.load_run(request.getfixturevalue(kind))
     S, x = 1500, datasets.pixels(data.test)
     ours = evaluate.importance_terms(model, data.test, S, seeded(0))
     base, double = torch.randint(2**62, (), generator=seeded(0)).item(), copy.deepcopy(model).double()
     with torch.no_grad():
-        for i in range(len(x)):
+        for i in range(0, len(x), n):
             noise, draw = seeded(base + i), torch.randn
             torch.randn = lambda *args, **more: draw(*args, **(more | {"dtype": torch.float32})).double()
-            try:        # passes of 1,000 samples share one stream
-                parts = [double.terms(x[i:i + 1].double(), n, noise) for n in (1000, 500)]
+            try:        # passes of 1,000 samples share one stream; those of 7 images have up to 3,571
+                parts = [double.terms(x[i:i + n].double(), size, noise)
+                         for size in ((1000, 500) if n == 1 else (1500,))]
             finally:
                 torch.randn = draw
             parts = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             log_w = parts["recon"] - parts["kl"]
-            wanted = {name: value.mean() for name, value in parts.items()}
-            top = log_w.max()       # of 560 grey pixels e^-3000, which is no number
-            wanted |= {"elbo": log_w.mean(), "log_px": (log_w - top).exp().mean().log() + top}
+            wanted = {name: value.mean(0) for name, value in parts.items()}
+            top = log_w.amax(0)     # of 560 grey pixels e^-3000, which is no number
+            wanted |= {"elbo": log_w.mean(0), "log_px": (log_w - top).exp().mean(0).log() + top}
             assert wanted.keys() == ours.keys()
             for name, value in wanted.items():
-                assert ours[name][i].item() == pytest.approx(value.item(), rel=1e-7, abs=2e-4), name
+                torch.testing.assert_close(ours[name][i:i + n], value, rtol=1e-7, atol=2e-4)
 
 
 def test_likelihood_does_not_depend_on_blocks_or_threads(hwhole, monkeypatch):
@@ -128,8 +131,7 @@ def test_a_likelihood_in_bfloat16_is_close_and_marked(hwhole, tmp_path, monkeypa
     single, half = (arrays["log_px"] for _, arrays in found)
     assert 0 < np.abs(half - single).max() < 0.5 and seen == {(torch.float32, False)}
     metrics = found[1][0]
-    assert metrics["precision"] == "bfloat16" and "S = 20 in bfloat16," in records.data_lines(
-        [("hvamp", metrics)])[0]
+    assert metrics["precision"] == "bfloat16" and "S = 20 in bfloat16," in records.data_lines([metrics])[0]
     assert records.measured(found[0][0]) != records.measured(metrics)
 
 
