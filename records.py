@@ -22,8 +22,8 @@ ACTIVE = 0.01           # variance of the posterior mean over the images, Burda 
 BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # not a KL
 UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
          "Recon and ELBO are.")
-SEED_UNITS = ("Of several training seeds: ± standard deviation over the seeds instead; the standard error "
-              "over the test images, which are the same for all, has its own column.")
+SEED_UNITS = ("Of several training seeds: ± standard deviation over the seeds; the standard error over the "
+              "images has its own column.")
 
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")    # one model
 
@@ -188,7 +188,7 @@ def _mean(values):
         merged = {key: _mean([v[key] for v in values]) for key in first if all(key in v for v in values)}
         if "se" in merged:
             each = [v["mean"] for v in values]
-            merged |= {"each": each, "sd": statistics.stdev(each) if len(each) > 1 else 0.0}
+            merged |= {"each": each, "sd": statistics.stdev(each) if len(each) > 1 else None}
         return merged
     same = values.count(first) == len(values)
     return statistics.fmean(values) if not same and isinstance(first, (int, float)) else first
