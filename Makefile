@@ -32,6 +32,8 @@ endif
 CORES     := $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || sysctl -n hw.ncpu)
 SHARE     := $(shell c=$$(( $(CORES) / $(PROCS) )); echo $$(( c > 0 ? c : 1 )))
 JOBS      ?= $(shell m=$(words $(MODELS)); echo $$(( m < $(SHARE) ? m : $(SHARE) )))
+# for paper, whose models are four: it shares out the cores itself
+ALONE     := $(if $(filter undefined,$(origin OMP_NUM_THREADS)),env -u OMP_NUM_THREADS)
 OMP_NUM_THREADS ?= $(shell t=$$(( $(SHARE) / $(JOBS) )); echo $$(( t > 0 ? t : 1 )))
 # of PROCS processes, each model's training and evaluation
 TOGETHER  := $(PYTHON)$(if $(filter-out 1,$(PROCS)), -m torch.distributed.run --standalone --nproc-per-node $(PROCS))
@@ -102,7 +104,9 @@ plane: $(ENV)  ## the picture at the head of the README: three priors of two lat
 # a folder seed0, seed1, ... for each training seed, with a report of its own
 PAPER := $(RUN)$(if $(NEW_RUN),-paper)
 paper: $(ENV)  ## the full protocol, hours: four models, three seeds, longer training, S = 5000
-	@set -e; for s in $(SEEDS); do $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long SAMPLES=5000 \
+	@if [ -f $(PAPER)/trained-by ]; then echo "error: $(PAPER) holds models of one seed; move what is in it to" \
+	  "$(PAPER)/seed0, or give another RUN" >&2; exit 2; fi
+	@set -e; for s in $(SEEDS); do $(ALONE) $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long SAMPLES=5000 \
 	  MODELS="vae vamp hvae hvamp"; done
 	@rm -f $(PAPER)/latest; ln -sfn $(notdir $(PAPER)) $(dir $(PAPER))latest
 	@$(PYTHON) report.py $(PAPER)
@@ -164,15 +168,16 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@set -e; for f in $$(cd $(RUN); ls -d {,seed*/}*/metrics.json 2>/dev/null); do m=$$(dirname $$f); \
-	  mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
-	  sed -e 's|"data_dir": .*|"data_dir": "data",|' -e "s|\"out\": .*|\"out\": \"results/$(TO)/$$m\",|" \
-	  $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
-	@if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
+	@set -e; if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
 	@for f in $(if $(filter grey fashion,$(TO)),samples comparison vamp/pseudo_inputs); do \
 	  cp $(RUN)/$$f.png assets/$(TO)-$$(basename $$f).png; done
+	@set -e; for f in $$(cd $(RUN); ls -d {,seed*/}*/metrics.json 2>/dev/null | grep -Ex '(seed[0-9]+/)?[^/]+/[^/]+'); do \
+	  m=$$(dirname $$f); \
+	  mkdir -p assets/$(TO)/$$m; cp $(RUN)/$$m/{log.csv,metrics.json} assets/$(TO)/$$m/; \
+	  sed -e 's|"data_dir": .*|"data_dir": "data",|' -e "s|\"out\": .*|\"out\": \"results/$(TO)/$$m\",|" \
+	  $(RUN)/$$m/config.json > assets/$(TO)/$$m/config.json; done
 	@$(MAKE) docs
 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/

@@ -8,8 +8,8 @@ import numpy as np
 
 import files
 import plot
-from records import (ACTIVE, BETTER, PARTS, UNITS, data_lines, latent_columns, latent_notes, measured,
-                     results, samples_of, stat, units, used)
+from records import (ACTIVE, BETTER, PARTS, data_lines, latent_columns, latent_notes, measured,
+                     results, samples_of, stat, units, units_line, used)
 
 # ------------------------------------------------------------------------ what the numbers say
 # Every claim below is of this run, and of one model over another only beyond two standard errors.
@@ -323,8 +323,8 @@ def page(folder, folders, runs):
     note, changes = {"class": "note"}, prior_lines(runs)
     numbers = [
         html_table(columns, "Results"),
-        tag("p", UNITS + " Each model was trained once: what another training would change is "
-            "not in the standard errors.", **note),
+        tag("p", units_line(metrics) + " Each model was trained once: what another training would "
+            "change is not in the standard errors.", **note),
         html_table([columns[0], *latent_columns(metrics)], "What the latents carry"),
         tag("p", latent_notes(metrics), **note),
         tag("h3", "What the prior changes") * bool(changes), *(tag("p", line) for line in changes)]

@@ -8,11 +8,7 @@ import files
 if __name__ == "__main__":
     files.catch_signals()       # before matplotlib, whose import takes a second
 
-import collections
-import contextlib
-import csv
 import io
-import json
 import math
 import sys
 from pathlib import Path

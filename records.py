@@ -20,10 +20,9 @@ SPARE = (("#000000", "X"), ("#7F3C8D", "*"), ("#8B6914", "p"))    # for a second
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 ACTIVE = 0.01           # variance of the posterior mean over the images, Burda et al. (2016)
 BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # not a KL
-UNITS = ("Nats per image, mean ± standard error over the test images. Lower NLL is better; higher "
-         "Recon and ELBO are.")
-SEED_UNITS = ("Of several training seeds: ± standard deviation over the seeds; the standard error over the "
-              "images has its own column.")
+UNITS = "Nats per image, mean ± {}. Lower NLL is better; higher Recon and ELBO are."
+SPREAD = {False: "standard error over the test images",         # of one training seed, of several
+          True: "standard deviation over the training seeds"}
 
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")    # one model
 
@@ -151,20 +150,19 @@ def samples_of(m):
 # ------------------------------------------------------------------------------------ columns
 
 
-def read_named(folder, names=None):
-    """[(folder name, metrics)] of the models under a folder."""
-    return [(name, read_metrics(path / "metrics.json"))
-            for name, path in find_models(folder, names).items()]
-
-
 def find_seeds(folder):
-    """The folders seed0, seed1, ... that `make paper` leaves in one; none in another run's."""
-    return sorted(folder.glob("seed*[0-9]"), key=lambda path: (len(path.name), path.name))
+    """The folders seed0, seed1, ... of models that `make paper` leaves in one; none in another run's."""
+    found = [path for path in folder.glob("seed*")
+             if path.name[4:].isdecimal() and any(path.glob("*/metrics.json"))]
+    if found and any(folder.glob("*/metrics.json")):
+        raise ValueError(f"{folder} has models beside the folders of its seeds: move one of the two away")
+    return sorted(found, key=lambda path: int(path.name[4:]))
 
 
 def read_seeds(folder, names=None):
     """[{folder name: metrics}], a dict for each training seed; one dict where there is but one."""
-    return [dict(read_named(path, names)) for path in find_seeds(folder) or [folder]]
+    return [{name: read_metrics(path / "metrics.json")
+             for name, path in find_models(part, names).items()} for part in find_seeds(folder) or [folder]]
 
 
 def over_seeds(runs):
@@ -232,13 +230,14 @@ def seed_columns(metrics):
     """Columns of what over_seeds knows of the NLL beside its mean and spread; none for one seed."""
     nll = [m["nll"] if m else {} for m in metrics]
     return [("NLL of each seed", [", ".join(f"{v:.2f}" for v in q.get("each", [])) or "-" for q in nll]),
-            ("Standard error over images", [f"{q['se']:.2f}" if "each" in q else "-" for q in nll])
+            ("Standard error of NLL over images", [f"{q['se']:.2f}" if "each" in q else "-" for q in nll])
             ] if any("each" in q for q in nll) else []
 
 
-def units_lines(metrics):
+def units_line(metrics):
     """What the numbers in a table of these are."""
-    return [UNITS] + [SEED_UNITS] * any("each" in m["nll"] for m in metrics if m)
+    kinds = sorted({"each" in m["nll"] for m in metrics if m})
+    return UNITS.format(" or, of several training seeds, ".join(SPREAD[kind] for kind in kinds))
 
 
 def data_lines(metrics):

@@ -20,7 +20,7 @@ import page
 import plot
 from records import (ORDER, data_lines, find_models, find_seeds, latent_columns, latent_notes, minutes,
                      over_seeds, read_metrics, read_runs, read_seeds, reading, results, seed_columns,
-                     stat, stats, units_lines)
+                     stat, stats, units_line)
 
 # Published test NLL with dynamic binarisation, S = 5,000: Tomczak & Welling (2018), Table 1; Norouzi,
 # Fleet & Norouzi (2020, arXiv:2004.04795).
@@ -59,18 +59,24 @@ def published(metrics):
     return [(title, [f"{value:.2f}" if value else "-" for value in cells])]
 
 
-def full_tables(runs, record=False):
-    """Markdown: results (of a record, more), what they rest on, and what the latents carry; of runs
-    {folder name: metrics}, one for each training seed."""
+def tabled(runs):
+    """(columns, lines beneath them, metrics) of runs {folder name: metrics}, one a training seed."""
     merged = over_seeds(runs)
     metrics, each = [*merged.values()], [m for run in runs for m in run.values()]
-    columns = results([*merged.items()], metrics) + seed_columns(metrics)
-    if record:
-        columns += [*published(metrics), ("Epochs", [f"{m['epochs']:,}" for m in metrics]),
-                    ("Training, minutes", [
-                        ", ".join(minutes(r[name]) for r in runs if name in r) for name in merged])]
-    notes = "\n".join(f"- {line}" for line in [*data_lines(each), *units_lines(metrics)])
+    return (results(merged.items(), metrics) + seed_columns(metrics),
+            [units_line(metrics), *data_lines(each)], metrics)
+
+
+def full_tables(runs, record=False):
+    """Markdown: results (of a record, more), what they rest on, and what the latents carry."""
+    columns, lines, metrics = tabled(runs)
     latents = [columns[0], *latent_columns(metrics)]
+    if record:
+        each = [[run[name] for run in runs if name in run] for name in over_seeds(runs)]
+        columns += [*published(metrics),
+                    ("Epochs", [", ".join({f"{m['epochs']:,}": 0 for m in seeds}) for seeds in each]),
+                    ("Training, minutes", [", ".join(map(minutes, seeds)) for seeds in each])]
+    notes = "\n".join(f"- {line}" for line in lines)
     return "\n\n".join([table(columns), notes, table(latents), latent_notes(metrics)])
 
 
@@ -86,7 +92,7 @@ def results_block(runs, seeds):
         *seed_columns(full)[1:], *published([b or a for a, b in zip(short, full)])]
     lines = [f"{name}: {line}" for name, part in (("`make all`", [runs]), ("`make paper`", seeds))
              for line in data_lines([m for run in part for m in run.values()])]
-    return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, *units_lines(full)])])
+    return "\n".join([table(columns), "", *(f"- {line}" for line in [*lines, units_line(short + full)])])
 
 
 def duration(seconds):
@@ -244,12 +250,10 @@ def main(argv=None):
             text = page.page(args.run, folders, read_runs(folders))
             files.write_atomic(args.run / "report.html", text)
         files.write_atomic(args.run / "comparison.md", f"# Comparison\n\n{full_tables(runs)}\n")
-        merged, each = over_seeds(runs), [m for run in runs for m in run.values()]
-        metrics = [*merged.values()]
-        columns = results([*merged.items()], metrics) + seed_columns(metrics)
-        print(plain(columns), *units_lines(metrics), *data_lines(each), sep="\n")
-        if alone:
-            print(f"{args.run / 'report.html'}: the figures, the tables and how to read them")
+        columns, lines, _ = tabled(runs)
+        print(plain(columns), *lines, sep="\n")
+        print(f"{args.run / 'report.html'}: the figures, the tables and how to read them" if alone else
+              f"{args.run / 'comparison.md'}: the tables; a report.html of each seed is in its folder")
 
 
 if __name__ == "__main__":

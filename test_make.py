@@ -237,7 +237,10 @@ def test_readme_is_read_in_two_minutes():
 def test_claims_of_the_recorded_runs():
     seeds = report.read_seeds(HERE / "assets/paper")
     found = report.over_seeds(seeds)
-    assert len(seeds) == 3 and all(run.keys() == {"vae", "vamp", "hvae", "hvamp"} for run in seeds)
+    assert len(seeds) == 2 and all(run.keys() == {"vae", "vamp", "hvae", "hvamp"} for run in seeds)
+    leaps = [sum(float(row["train_elbo"]) < -200 for row in rows(HERE / f"assets/paper/seed{seed}/hvamp")[5:])
+             for seed in (0, 1)]
+    assert leaps == [3, 29]
     for name, m in found.items():
         below = report.PUBLISHED["mnist"][1][m["model"], m["prior"]] - m["nll"]["mean"]
         assert below > m["nll"]["se"], name
@@ -277,9 +280,12 @@ def test_recorded_runs_are_those_that_make_makes(target, folder):
         train.settle_likelihood(args)
         args = vars(args)
         name = "/".join(Path(args["out"]).parts[2:])      # of results/20260101-000000/vae, .../seed0/vae
+        if target == "paper" and args["seed"] == 2:
+            continue        # not recorded yet, as RESULTS.md says
         recorded = json.loads((HERE / "assets" / folder / name / "config.json").read_text())["args"]
         # of no use for MNIST; the hardware's; seed 0 of the paper's is older than both
         free = (*train.WHERE, "split_seed", "precision", "likelihood")
         assert {k: v for k, v in args.items() if k not in free} == {
             k: v for k, v in recorded.items() if k not in free}, name
-    assert len(commands) == len(list((HERE / "assets" / folder).rglob("config.json")))
+    found = [*(HERE / "assets" / folder).rglob("config.json")]
+    assert len(commands) == len(found) + 4 * (target == "paper")

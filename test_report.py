@@ -91,19 +91,25 @@ def test_every_column_comes_from_its_source(assets):
 def test_several_seeds_have_their_spread_and_the_error_of_the_images_once(assets, tmp_path, capsys):
     for seed, nll in (0, 82.0), (1, 82.4), (10, 81.9):
         fake_run(tmp_path / f"seed{seed}/vamp", nll=stat(nll, 0.2 + seed / 100), kl=stat(25 + seed, 0.1),
-                 train_seconds=60.0 * seed, active_units={"z": 3 + seed}, samples=5000,
-                 trained_in="bfloat16" if seed else "float32")
+                 train_seconds=60.0 * seed, epochs=12 - (seed > 9), active_units={"z": 3 + seed},
+                 samples=5000, trained_in="bfloat16" if seed else "float32")
     fake_run(tmp_path / "seed1/vae", samples=5000, nll=stat(84, 0.2))
+    shutil.copytree(tmp_path / "seed0", tmp_path / "seed0-old2")        # no seed, and so no other's
+    (tmp_path / "seed2").mkdir()
     assert report.main([str(tmp_path)]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == (     # sd of 82, 82.4, 81.9
-        "VAE + VampPrior -60.00 ± 0.00 28.67 ± 5.51 -85.00 ± 0.00 82.10 ± 0.26 82.00, 82.40, 81.90 0.24").split()
+        "VAE + VampPrior -60.00 ± 0.00 28.67 ± 5.51 -85.00 ± 0.00 82.10 ± 0.26 82.00, 82.40, "
+        "81.90 0.24").split()
     text = report.full_tables(records.read_seeds(tmp_path), record=True)
     vamp, vae, _, units = rows(text)[1:5]
-    assert vamp.split(" | ")[5:] == ["82.00, 82.40, 81.90", "0.24", "82.38", "12", "<1, 1, 10"]
+    assert vamp.split(" | ")[5:] == ["82.00, 82.40, 81.90", "0.24", "82.38", "12, 11", "<1, 1, 10"]
     assert units.split(" | ")[1] == "z 6.7 of 7" and vae.split(" | ")[4:6] == ["84.00", "84.00"]
     assert "| 84.00 | 84.00 |" in text      # one seed has no spread
-    assert "S = 5,000, trained in bfloat16 and float32." in text and records.SEED_UNITS in text
+    assert "S = 5,000, trained in bfloat16 and float32." in text and records.SPREAD[True] in text
     assert not (tmp_path / "report.html").exists() and (tmp_path / "comparison.md").exists()
+    fake_run(tmp_path / "vae")
+    assert report.main([str(tmp_path)]) == 2 and "beside the folders" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "vae")
     path = tmp_path / "seed1/vamp/metrics.json"
     path.write_text(path.read_text().replace('"samples": 5000', '"samples": 500'))
     assert report.main([str(tmp_path)]) == 2 and "its seeds differ in data" in capsys.readouterr().err
@@ -119,7 +125,7 @@ def test_several_seeds_have_their_spread_and_the_error_of_the_images_once(assets
 def test_only_what_was_measured_alike_is_compared(tmp_path, change, nll, paper):
     fake_run(tmp_path / "vamp", nll=stat(82.003, 0.1))
     fake_run(tmp_path / "mog", **{"nll": stat(82.003, 0.1), "prior": "vamp"} | change)
-    named = records.read_named(tmp_path, ["vamp", "mog"])
+    named = [*records.read_seeds(tmp_path, ["vamp", "mog"])[0].items()]
     assert records.stats("nll", [m for _, m in named]) == nll
     assert [cell for _, (cell,) in report.published([named[1][1]])] == [paper] * (paper != "-")
     *lines, last = records.data_lines([m for _, m in named])
