@@ -237,7 +237,7 @@ def seed_columns(metrics):
 def units_line(metrics):
     """What the numbers in a table of these are."""
     kinds = sorted({"each" in m["nll"] for m in metrics if m})
-    return UNITS.format(" or, of several training seeds, ".join(SPREAD[kind] for kind in kinds))
+    return UNITS.format(" or, of several seeds, ".join(SPREAD[kind] for kind in kinds))
 
 
 def data_lines(metrics):
