@@ -168,6 +168,7 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
+	@test $(TO) != runs -o -f $(RUN)/report.html || { echo "error: $(RUN) holds seeds: record it with TO=paper" >&2; exit 2; }
 	@set -e; if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
