@@ -240,7 +240,8 @@ def test_claims_of_the_recorded_runs():
     assert len(seeds) == 2 and all(run.keys() == {"vae", "vamp", "hvae", "hvamp"} for run in seeds)
     leaps = [sum(float(row["train_elbo"]) < -200 for row in rows(HERE / f"assets/paper/seed{seed}/hvamp")[5:])
              for seed in (0, 1)]
-    assert leaps == [3, 29]
+    tries = json.loads((HERE / "assets/recipe.json").read_text())["rows"]
+    assert leaps == [3, 29] and [row["leaps"] for row in tries if "leaps" in row] == [0, 0]
     for name, m in found.items():
         below = report.PUBLISHED["mnist"][1][m["model"], m["prior"]] - m["nll"]["mean"]
         assert below > m["nll"]["se"], name
@@ -249,6 +250,8 @@ def test_claims_of_the_recorded_runs():
     for row in bench:
         if row["case"].endswith("bfloat16"):
             assert 0.28 < row["bound_share"] < 0.42     # "about a third"
+        if str(row["expected"]).startswith("bound") and row["section"] == "step":
+            assert row["bound_share"] < int(row["expected"].split()[2]) / 100       # no step's is reached
         if row["section"] == "processes":
             assert row["ratio"] < 1 and row["ours"] > row["predicted"]      # slower than one, than the model
     for name in ("vamp", "hvamp"):
@@ -259,7 +262,6 @@ def test_claims_of_the_recorded_runs():
     last = [[*csv.DictReader((p / "log.csv").open())][-1] for p in some]
     gaps = [float(row["train_elbo"]) - float(row["val_elbo"]) for row in last]
     assert min(nll) == nll[1] and gaps == sorted(gaps) and gaps[2] > 2 * gaps[1]
-    tries = json.loads((HERE / "assets/recipe.json").read_text())["rows"]
     spent = [row["minutes"] for row in tries if row["epochs"] == 12 and "minutes" in row]
     for float32, bfloat16 in zip(spent[::2], spent[1::2], strict=True):
         assert 1.8 < float32 / bfloat16 < 2.5       # "about half as fast"
@@ -269,7 +271,9 @@ def test_claims_of_the_recorded_runs():
     for folder, name in (("runs-5000", "vae"), ("runs-5000", "vamp"), ("runs", "vamp"), ("runs", "hvamp"),
                          ("fast", "vamp")):
         m = json.loads((HERE / "assets" / folder / name / "metrics.json").read_text())
-        assert m["nll"]["mean"] < report.PUBLISHED["mnist"][1][m["model"], m["prior"]], name
+        below = report.PUBLISHED["mnist"][1][m["model"], m["prior"]] - m["nll"]["mean"]
+        # README's "less than a standard error", of the three numbers it speaks of
+        assert below > 0 and (below < m["nll"]["se"] or (folder, name) == ("runs-5000", "vamp")), name
     epochs = [train.RECIPES[name]["large"][0] for name in ("default", "long")]
     assert found["vamp"]["epochs"] == epochs[1] and 1.2 < epochs[1] / epochs[0] < 1.3   # "a quarter"
 
