@@ -12,7 +12,6 @@ import files
 if __name__ == "__main__":
     files.catch_signals()       # before torch, whose import takes seconds
 
-import argparse
 import hashlib
 import io
 import json
@@ -30,11 +29,11 @@ import data as datasets
 import parallel
 from models import (DEVICES, PRECISIONS, PRIORS, StandardPrior, build, by_coefficients, log_mixture,
                     log_normal, mixture_coefficients, pick_device)
+from records import ACTIVE
 
 CHUNK = 1000        # samples in one pass of a thread: large enough for the matrix products
 WIDE = 25_000       # samples in one pass of a GPU, over many images: 80 MB of logits
 INFER = 100         # images encoded at once
-ACTIVE = 0.01       # Burda et al. (2016): a unit is active if its mean varies by more than this
 NEIGHBOURS = 5      # of the k-NN classifier
 CODED = 50_000      # training images whose codes the classifiers see, at most
 CLASSES = 100       # of more labels than these there is no classifier: they may be names, or numbers
@@ -56,6 +55,7 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
     passes of WIDE samples. `tick` is called after each image of this process. `precision` is that of
     the decoder's products; the densities' stay float32 at least.
     """
+    x = _images(x)
     base = torch.randint(2**62, (), generator=generator).item()
     before = torch.get_num_threads()
     n = images_at_once(x.device)
@@ -66,7 +66,7 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
         for first in range(parallel.rank() * INFER, len(x), parallel.size() * INFER):
             block = datasets.pixels(x[first:first + INFER])
             inferred = model.infer(block)
-            jobs = [(block[i:i + n], _map(inferred, lambda t: t[i:i + n]), base + first + i)
+            jobs = [(*_rows((block, inferred), slice(i, i + n)), base + first + i)
                     for i in range(0, len(block), n)]
             found = []
             for values in pool.map(lambda job: _image_terms(model, prior, S, precision, *job), jobs):
@@ -79,6 +79,19 @@ def importance_terms(model, x, S, generator=None, tick=lambda: None, precision="
         pool.shutdown(cancel_futures=True)      # a signal does not wait for the block
     blocks = {first: part for parts in parallel.gather(result) for first, part in parts.items()}
     return {name: torch.cat([blocks[first][name] for first in sorted(blocks)]) for name in blocks[0]}
+
+
+def _images(x):
+    """x as float32 in [0, 1], or uint8 meaning grey / 255. ValueError if it is neither, or empty."""
+    x = x if x.dtype == torch.uint8 else x.float()
+    low, high = (x.min().item(), x.max().item()) if x.numel() else (1, 0)
+    if low > high:
+        raise ValueError("there are no images")
+    if x.dtype == torch.uint8 and high == 1:
+        raise ValueError("uint8 means grey / 255, and these images have 0 and 1 alone: give x.float()")
+    if x.dtype != torch.uint8 and not 0 <= low <= high <= 1:
+        raise ValueError(f"images with values from {low:g} to {high:g}: give floats in [0, 1], or uint8")
+    return x
 
 
 def images_at_once(device):
@@ -121,10 +134,8 @@ class Around:
             return by_coefficients(z - self.center, self.coef, self.bias)
 
 
-def _map(nested, function):
-    if isinstance(nested, tuple):
-        return tuple(_map(part, function) for part in nested)
-    return function(nested)
+def _rows(nested, rows):
+    return tuple(_rows(t, rows) for t in nested) if isinstance(nested, tuple) else nested[rows]
 
 
 def log_likelihood(model, x, S, generator=None):
@@ -381,7 +392,7 @@ def load_run(path, device="cpu", data_dir=None, dataset=None):
     path = Path(path)
     path = path / "model.pt" if path.is_dir() else path
     if not path.exists():
-        raise ValueError(f"{path} is missing; train first: python train.py --out {path.parent}")
+        raise ValueError(f"{path} does not exist; give a folder that train.py has finished")
     model = files.load_model(path, build, device)
     try:
         args, images = model.extra["run"]["args"], model.extra["run"]["data"]["sha256"]
@@ -401,12 +412,12 @@ def load_run(path, device="cpu", data_dir=None, dataset=None):
 @files.command
 def main(argv=None):
     torch.set_flush_denormal(True)
-    p = files.Parser(__doc__.split("\n")[0])
+    p, count = files.Parser(__doc__.split("\n")[0]), files.number(int, 1, 10**9)
     p.add_argument("run", help="run folder that holds model.pt")
-    p.add_argument("--samples", type=_count, default=500, metavar="S",
+    p.add_argument("--samples", type=count, default=500, metavar="S",
                    help="importance samples per image; the paper's tables have 5000")
-    p.add_argument("--images", type=_count, help="only the first of the test images")
-    p.add_argument("--seed", type=int, default=0, help="seed of the samples")
+    p.add_argument("--images", type=count, help="only the first of the test images")
+    p.add_argument("--seed", type=files.number(int, 0, 2**31), default=0, help="seed of the samples")
     p.add_argument("--data-dir", help="where the data lie, if not where training found them")
     p.add_argument("--dataset", help="where your own array lies, if it has moved since training")
     p.add_argument("--precision", choices=PRECISIONS, default="float32",
@@ -442,13 +453,6 @@ def main(argv=None):
              f"{metrics['nll']['mean']:.2f} (S = {args.samples:,}, {metrics['images']:,} images)"
              + (f", {metrics['bits_per_dim']['mean']:.3f} bits per dimension"
                 if "bits_per_dim" in metrics else ""))
-
-
-def _count(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -254,6 +254,17 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def number(kind, low, high):
+    """A flag's type: a number from low to high."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return value
+    parse.__name__ = "number"       # argparse names it when `text` is none
+    return parse
+
+
 class Stopped(SystemExit):
     """SIGINT or SIGTERM arrived; its code is 128 + the signal's number, the process's own."""
 

@@ -137,12 +137,20 @@ class _LogMixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, coef, bias):
-        out = z.new_empty(len(z))
-        kept = None
-        for rows, top, total, one_block in _row_blocks(z, coef, bias):
+        out, kept, components = z.new_empty(len(z)), None, _blocks(len(coef))
+        for rows in _blocks(len(z)):
+            features = _features(z[rows])
+            # not -inf: a block of components whose weights are all zero would give inf - inf
+            top = torch.full_like(features[:, 0], torch.finfo(z.dtype).min)
+            total = torch.zeros_like(top)
+            for ks in components:
+                joint = torch.addmm(bias[ks], features, coef[ks].T)
+                old, top = top, torch.maximum(top, joint.amax(1))
+                terms = joint.sub_(top[:, None]).exp_()
+                total = total * (old - top).exp() + terms.sum(1)
             out[rows] = top + total.log()
-            if one_block is not None and any(ctx.needs_input_grad):
-                kept = one_block.div_(total[:, None])
+            if len(z) <= TILE and len(components) == 1 and any(ctx.needs_input_grad):
+                kept = terms.div_(total[:, None])
         ctx.save_for_backward(z, coef, bias, out, kept)
         return out
 
@@ -174,23 +182,6 @@ def _blocks(n):
 
 def _features(z):
     return torch.cat([z.square(), z], dim=1)
-
-
-def _row_blocks(z, coef, bias):
-    """For each block of rows: its slice, max_k, sum_k exp(joint - max), and the latter's terms when
-    a single block holds all of z and the mixture."""
-    components = _blocks(len(coef))
-    for rows in _blocks(len(z)):
-        features = _features(z[rows])
-        # not -inf: a block of components whose weights are all zero would give inf - inf
-        top = torch.full_like(features[:, 0], torch.finfo(z.dtype).min)
-        total = torch.zeros_like(top)
-        for ks in components:
-            joint = torch.addmm(bias[ks], features, coef[ks].T)
-            old, top = top, torch.maximum(top, joint.amax(1))
-            terms = joint.sub_(top[:, None]).exp_()
-            total = total * (old - top).exp() + terms.sum(1)
-        yield rows, top, total, terms if len(z) <= TILE and len(components) == 1 else None
 
 
 def log_mixture(z, mu, logvar, log_pi=None):
@@ -243,10 +234,6 @@ class _Prior(nn.Module):
     """What every prior has: `log_prob`, `sample`, `components`, and, for those that are learned by
     gradient steps, what follows a step."""
 
-    def log_pi(self):
-        """Normalised log weights (K,) of the components, or None when all are 1/K."""
-        return None
-
     def project_(self):
         """Moves parameters that have bounds back into them, in place; call it after each step."""
 
@@ -283,6 +270,7 @@ class _Mixture(_Prior):
     """What the mixture priors share; a subclass gives `components() -> mu, logvar`, both (K, D)."""
 
     def log_pi(self):
+        """Normalised log weights (K,) of the components, or None when all are 1/K."""
         return None if self.weight_logits is None else torch.log_softmax(self.weight_logits, 0)
 
     def log_prob(self, z):
@@ -325,7 +313,8 @@ class VampPrior(_Mixture):
     """Mixture of the encoder's posteriors at K learned pseudo-inputs, sum_k pi_k q(z | u_k).
 
     encoder: any callable x -> (mu, logvar), each (K, D). It is shared with the VAE, so it is not
-    registered here: the model's state_dict holds it once.
+    registered here: the model's state_dict holds it once. Give an nn.Module, not a lambda, if the
+    model will be copied: `copy.deepcopy` copies no function, so the copy would call this encoder.
     pseudo_inputs (K, ...): first values of u, for instance training images.
     learned_weights: learn pi_k; otherwise 1/K.
     bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
@@ -515,8 +504,9 @@ class _Model(nn.Module):
         parts = self.terms(x, S, generator)
         return parts["recon"] - parts["kl"]
 
+    @torch.no_grad()
     def sample(self, n, generator=None):
-        """n images as pixel means, (n, 784), by ancestral sampling from the prior."""
+        """n images as pixel means, (n, 784), without gradients, by ancestral sampling from the prior."""
         return self.generate(self.prior.sample(n, generator), generator)
 
     def reconstruct(self, x, generator=None):
@@ -641,7 +631,8 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 
 
 def constant_parameters(likelihood, mean, spread=None):
-    """Parameters (outputs * D,) of pixels with this mean and standard deviation, each (D,)."""
+    """Parameters (outputs * D,) of pixels of this mean, each (D,), and about this standard deviation:
+    a logistic's is 1.8 times its scale, which a start may ignore."""
     logits = torch.logit(mean.clamp(0.01, 0.99))
     if likelihood == "bernoulli":
         return logits

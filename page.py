@@ -12,7 +12,8 @@ from records import (ACTIVE, BETTER, PARTS, data_lines, latent_columns, latent_n
                      results, samples_of, stat, units, units_line, used)
 
 # ------------------------------------------------------------------------ what the numbers say
-# Every claim below is of this run, and of one model over another only beyond two standard errors.
+# Every claim below is of this run, and of one model over another only beyond two standard errors of
+# the difference image by image: all models see the same test images.
 
 
 def comparable(runs):
@@ -32,8 +33,9 @@ def lead(runs, key):
     if not comparable(runs):
         return f"Test {what}: {each(runs, lambda run: stat(run.metrics, key))} nats per image."
     def rivalry(run):
-        a, b = first.metrics[key], run.metrics[key]
-        return abs(a["mean"] - b["mean"]), 2 * math.hypot(a["se"], b["se"])
+        a, b = (r.arrays["log_px" if key == "nll" else key].astype(float) for r in (first, run))
+        return (abs(first.metrics[key]["mean"] - run.metrics[key]["mean"]),
+                2 * (a - b).std(ddof=1) / math.sqrt(len(a)))
     first, *rest = sorted(runs, key=lambda run: run.metrics[key]["mean"],
                           reverse=BETTER[key] is max)
     # the rival that is hardest to tell from it, which with a large error need not be the next
@@ -42,9 +44,9 @@ def lead(runs, key):
     if far > error:
         return (f"{first.label} has the best test {what}, {stat(first.metrics, key)} nats, "
                 f"{far:.2f} ahead of {rival.label}: more than two standard errors of the "
-                f"difference ({error:.2f}).")
+                f"difference image by image ({error:.2f}).")
     return (f"{first.label} and {rival.label} are {far:.2f} nats apart in test {what}: within two "
-            f"standard errors of the difference ({error:.2f}), so neither is ahead.")
+            f"standard errors of the difference image by image ({error:.2f}), so neither is ahead.")
 
 
 def prior_lines(runs):
@@ -171,7 +173,7 @@ OF_MODEL = {
                   f"{stat(run.metrics, 'kl2')}.")}
 
 
-# what belongs together: (heading, figures of all models, figures of each); the rest comes after
+# what belongs together: (heading, figures of all models, figures of each); more of each comes after
 SECTIONS = (("Originals and reconstructions", ["comparison"], []),
             ("Samples", ["samples", "neighbours"], ["shared_z2"]),
             ("Pseudo-inputs", [], ["pseudo_inputs", "film"]),
@@ -278,8 +280,7 @@ def figure(path, runs, known):
     """The figure at `path` with its caption; "" where plot.py has drawn none."""
     if not path.is_file():
         return ""
-    plain = path.stem.replace("_", " ").capitalize(), "", lambda runs: ""
-    title, how, finding = known.get(path.stem, plain)
+    title, how, finding = known[path.stem]
     data, who = path.read_bytes(), ", ".join(run.label for run in runs)
     if data[:8] != b"\x89PNG\r\n\x1a\n":
         raise ValueError(f"{path} is damaged: run plot.py again")
@@ -297,16 +298,13 @@ def figure(path, runs, known):
 
 
 def sections(folder, folders, runs):
-    """[(heading, HTML)] of the figures that are there: those of SECTIONS, then all others."""
+    """[(heading, HTML)] of the figures that are there: those of SECTIONS, then each model's others."""
     def shown(compared, of_model):
         return "".join([figure(folder / f"{name}.png", runs, COMPARED) for name in compared] + [
             figure(path / f"{name}.png", [run], OF_MODEL)
             for path, run in zip(folders, runs) for name in of_model])
     parts = [(heading, shown(*names)) for heading, *names in SECTIONS]
-    compared, of_model = (
-        [name for name in figures if not any(name in row[i] for row in SECTIONS)]
-        for i, figures in enumerate((plot.COMPARISON_FIGURES, plot.MODEL_FIGURES), 1))
-    rest = shown(compared, [])
+    rest, of_model = "", [name for name in OF_MODEL if not any(name in row[2] for row in SECTIONS)]
     for path, run in zip(folders, runs):
         if more := "".join(figure(path / f"{name}.png", [run], OF_MODEL) for name in of_model):
             rest += f"<details>{tag('summary', run.label)}\n{more}</details>\n"

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from records import ACTIVE, PARTS, binarisation, find_models, measured, read_runs, samples_of
+from records import ACTIVE, PARTS, binarisation, find_models, measured, read_runs, samples_of, used
 
 # labels come from files, and a dollar sign in one must not start a formula
 matplotlib.rcParams.update({
@@ -32,17 +32,18 @@ SHOWN = 6000            # points in a latent space; more hide each other
 EMBEDDED = 3000         # of them t-SNE, whose time grows fast
 MARGIN = {"fontsize": 6.5, "color": "0.4"}
 
-def source(runs):
+def source(runs, test=True):
     """The line beneath a figure: the data it shows, with the data set's note if there is one."""
-    lines = [f"{m['dataset']}, {binarisation(m['binarize'])}, {m['images']:,} test images"
+    lines = [f"{m['dataset']}, {binarisation(m['binarize'])}"
+             + (f", {m['images']:,} test images" if test else "")
              + (f": {m['note']}" if m["note"] else "") for m in (run.metrics for run in runs)]
     return "   |   ".join(dict.fromkeys(lines))
 
 
-def panels(rows, columns, width, height, runs, title=None):
+def panels(rows, columns, width, height, runs, title=None, test=True):
     """(Figure, (rows * columns,) array of axes) with the source line beneath, inches."""
     fig = Figure(figsize=(width, height), layout="constrained")
-    fig.text(0.006, -0.012, source(runs), va="top", **MARGIN)   # saving widens the cut to it
+    fig.text(0.006, -0.012, source(runs, test), va="top", **MARGIN)   # saving widens the cut to it
     if title:
         fig.suptitle(title, fontsize=9.5)
     return fig, fig.subplots(rows, columns, squeeze=False).ravel()
@@ -117,7 +118,7 @@ def draw_pseudo_inputs(run):
     m, use = run.metrics, run.arrays["pseudo_use"][:len(a)]
     title = (f"{run.label}: the {len(a)} most used of {m['components']:,} components, "
              f"{use[0]:.2%} to {use[-1]:.2%} of the images each; "
-             f"{m['components_used'] / m['components']:.0%} of all in use")
+             f"in use (perplexity): {used(m)}")
     return image_grid([[("pseudo-input", a[i:i + 20]), ("generates", b[i:i + 20])]
                        for i in range(0, len(a), 20)], title, [run], 20)
 
@@ -139,7 +140,7 @@ def draw_shared_z2(run):
 
 def draw_curves(run):
     """ELBO, reconstruction and KL over the epochs, training and validation."""
-    fig, axes = panels(1, 3, 9.6, 2.9, [run], f"{run.label}: training")
+    fig, axes = panels(1, 3, 9.6, 2.9, [run], f"{run.label}: training", test=False)
     log, epochs, warm = run.log, run.log["epoch"], run.log["epoch"][run.log["beta"] < 1]
     for ax, part in zip(axes, PARTS):
         layers = ("", "1", "2") if part == "kl" and run.metrics["model"] == "hvae" else ("",)
@@ -259,7 +260,7 @@ def draw_tradeoff(runs):
 
 def draw_dynamics(runs):
     """Validation ELBO, reconstruction and KL of all models over the epochs."""
-    fig, axes = panels(1, 3, 9, 3, runs)
+    fig, axes = panels(1, 3, 9, 3, runs, test=False)
     for ax, part in zip(axes, PARTS):
         for run in runs:
             ax.plot(run.log["epoch"], run.log[f"val_{part}"], color=run.color, label=run.label,
@@ -270,7 +271,8 @@ def draw_dynamics(runs):
 
 
 def collapse_message(metrics):
-    """A line on N(0, I) against the VampPrior per pair, then what all pairs support (2 errors)."""
+    """A line on N(0, I) against the VampPrior per pair, then what all pairs support beyond two
+    errors: those of different images, a cautious choice, as metrics hold no image's values."""
     kinds, lines, claims = {(m["model"], m["prior"]): m for m in metrics}, [], []
     for model in ("vae", "hvae"):
         plain, vamp = (kinds.get((model, prior)) for prior in ("standard", "vamp"))
@@ -416,7 +418,7 @@ def draw_planes(runs):
         grid.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=box[[0, 2, 1, 3]])
         grid.set_title("what the plane generates,\nfainter where the prior is thin")
         for ax in (density, grid):
-            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal")
+            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xlabel="z1", ylabel="z2")
     fig.colorbar(shade, ax=[*panes] if side else [*panes[:n]], shrink=0.8,
                  label="log p(z), nats" + "; the same levels for all" * (not side))
     fig.legend(legend.values(), legend, loc="outside upper center", ncols=10,

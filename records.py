@@ -65,7 +65,7 @@ def read_arrays(path, m):
         p, K = len(arrays.get("pseudo_use", ())), m.get("components")
         axes = 3 if len(arrays["image_shape"]) == 3 else 2
         shapes = {"image_shape": (axes,), "images": (n, size), "reconstructions": (n, size),
-                  "samples": (len(arrays["samples"]), size), "log_px": (N,)}
+                  "samples": (len(arrays["samples"]), size), **{name: (N,) for name in ("log_px", *PARTS)}}
         for layer, D in m["latent_dims"].items():
             shapes |= {f"kl_per_dim_{layer}": (D,), f"variance_{layer}": (D,)}
         shapes |= {"latent_means": (N, D)} | ({"labels": (N,)} if "labels" in arrays else {})
@@ -292,5 +292,6 @@ def latent_notes(metrics):
             "Components in use: perplexity of the mean responsibilities.")
     probed = any(m.get(key) is not None for m in metrics
                  for key in ("probe_accuracy", "knn_accuracy"))
-    return text + (" Linear probe, k-NN: share of images whose class is read from the latents "
-                   "rightly, ± binomial standard error.") * probed
+    return text + (" Linear probe, k-NN: share of images whose class is read rightly from the posterior "
+                   "means of all layers, twice as many numbers of an HVAE, ± binomial standard error."
+                   ) * probed

@@ -29,7 +29,7 @@ PUBLISHED = {
                               ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24}),
     "fashion": ("NLL in arXiv:2004.04795", {("vae", "standard"): 228.70, ("vae", "vamp"): 227.35,
                                             ("hvae", "standard"): 227.37, ("hvae", "vamp"): 226.72})}
-RECORDS = "runs runs-5000 fast paper plane pseudo-inputs grey small fashion".split()    # under assets/
+RECORDS = "runs runs-5000 fast paper plane pseudo-inputs decay grey small fashion".split()     # under assets/
 
 
 def table(columns):
@@ -159,6 +159,20 @@ def recipe_block(path):
         return content["protocol"] + "\n\n" + table(zip(titles, zip(*rows)))
 
 
+def time_block(runs, seeds):
+    """A sentence or two of Markdown: how long the short runs, {folder name: metrics}, take, and by the
+    pace of the last of the long ones in float32, if there is one, how long without bfloat16."""
+    text = (f"`make all` takes about {expected_minutes(runs, runs, 2)} minutes on the two cores of the "
+            "recorded runs, environment aside.")
+    wide = [seed for seed in seeds if runs.keys() <= seed.keys() and not any(
+        seed[name].get("trained_in", "float32") != "float32" for name in runs)]
+    if not wide:
+        return text
+    short = next(iter(runs.values()))
+    spent = expected_minutes(wide[-1], runs, 2, short["epochs"], short["samples"])
+    return f"{text} Without bfloat16, by the pace of `make paper` in float32, about {spent}."
+
+
 def plane_block(metrics):
     """A line of Markdown: the ELBOs of the models with two latents."""
     elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for m in metrics)
@@ -174,8 +188,7 @@ def blocks(assets):
     texts = {name: full_tables(part, record=True) if part[0] else "" for name, part in found.items()}
     texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
     return texts | {
-        "time": f"`make all` takes about {expected_minutes(runs, runs, 2)} minutes "
-                "on the two cores of the recorded runs, environment aside." if runs else "",
+        "time": time_block(runs, seeds) if runs else "",
         "results": results_block(runs, seeds) if runs or seeds[0] else "",
         "plane": plane_block([*plane.values()]) if plane else "",
         "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
@@ -215,7 +228,8 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
     if missing := [name for name in models if name not in recorded]:
         return f"no recorded run of {', '.join(missing)} tells how long this will take"
     return (f"expected: about {expected_minutes(recorded, models, jobs, epochs, samples)} minutes, "
-            "as on the two cores of the recorded runs; the progress bars know better")
+            "as on the two cores of the recorded runs, about twice that without bfloat16; the progress "
+            "bars know better")
 
 
 @files.command

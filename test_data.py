@@ -374,7 +374,6 @@ def test_sha256_is_of_the_grey_splits(tmp_path):
     (npz(**OWN | {"x_test": GREY[:, :5]}), r"alike.*\(40, 5, 5\)"),
     (npz(**OWN, y_train=np.arange(25)), "no y_val and no y_test"),
     (npz(**OWN, y_train=np.arange(24), y_val=np.arange(10), y_test=np.arange(6)), "labels"),
-    (npz(**OWN, y_train=np.ones(25), y_val=np.ones(10), y_test=np.ones(5)), "40 integers"),
     (npz(a=GREY, b=GREY), "2 others"), (npz(y=LABELS), "0 others"), (b"not a zip", "not a zip"),
     (npz(x=GREY, y=np.arange(39)), "40 integers"), (npz(x=GREY, y=np.ones(40)), "40 integers"),
     (npz(x=OBJECTS), "object"), (npz(x=GREY, y=OBJECTS[:, 0]), "object"),

@@ -216,7 +216,8 @@ def test_a_log_file_gets_lines_and_no_control_characters(monkeypatch, capsys):
     assert bar.mininterval == 60 and seen.err.startswith("vae: training:   0%")
 
 
-@pytest.mark.parametrize("module, others", [("files", "torch"), ("models", "files data")])
+@pytest.mark.parametrize("module, others", [("files", "torch"), ("models", "files data"),
+                                            ("report", "torch models data train")])
 def test_a_module_does_not_import(module, others):
     code = f"import sys, {module}; print(set({others.split()}) & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, text=True,

@@ -69,7 +69,8 @@ CPUINFO = Path("/proc/cpuinfo")     # Linux alone has it; elsewhere auto is floa
 
 def parse_args(argv=None):
     """The flags. Those of RECIPE_FLAGS are missing when they are not given: see `settle`."""
-    p, count, size = files.Parser(__doc__.split("\n")[0]), _number(int, 1, 10**7), _number(float, 0, 10**9)
+    p = files.Parser(__doc__.split("\n")[0])
+    count, size = files.number(int, 1, 10**7), files.number(float, 0, 10**9)
     group = p.add_argument_group("model")
     group.add_argument("--model", choices=MODELS, default="vae", help="one or two latent layers")
     group.add_argument("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
@@ -97,8 +98,9 @@ def parse_args(argv=None):
     by_recipe("--epochs", count, "epochs of the whole schedule")
     by_recipe("--batch-size", count, "images per step")
     by_recipe("--lr", size, "AdamW's highest learning rate")
-    by_recipe("--warmup", _number(int, 0, 10**7), "epochs over which beta, the KL's weight, rises to 1")
-    by_recipe("--ema", _number(float, 0, 0.99999),
+    by_recipe("--warmup", files.number(int, 0, 10**7), "epochs over which beta, the KL's weight, rises "
+              "to 1; half of all at most, where not given")
+    by_recipe("--ema", files.number(float, 0, 0.99999),
               "decay per step of the averaged weights, which are kept; 0: none")
     by_recipe("--weight-decay", size, "a step shrinks weight matrices by lr x W (AdamW); not biases, "
               "not pseudo-inputs", metavar="W")
@@ -109,7 +111,7 @@ def parse_args(argv=None):
     group.add_argument("--clip", type=size, default=50.0, help="largest gradient norm; 0: any")
     group.add_argument("--patience", type=count, default=50,
                        help="epochs at beta = 1 without a better validation ELBO before stopping")
-    group.add_argument("--seed", type=_number(int, 0, 2**31), default=0,
+    group.add_argument("--seed", type=files.number(int, 0, 2**31), default=0,
                        help="seed of the first weights and of all noise in training")
     datasets.add_arguments(p)
     group = p.add_argument_group("run")
@@ -131,16 +133,6 @@ def parse_args(argv=None):
     return args
 
 
-def _number(kind, low, high):
-    def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-        return value
-    parse.__name__ = "number"       # argparse names it when `text` is none
-    return parse
-
-
 def settle(args, train_images, name=None):
     """(args, recipe): the flags with the recipe's values where they were not given, and a record of
     what came from where."""
@@ -148,6 +140,8 @@ def settle(args, train_images, name=None):
     if name in RECIPES[args.recipe] and args.likelihood == "bernoulli":
         size = name
     values = dict(zip(RECIPE_FLAGS, RECIPES[args.recipe][size]))
+    # of a run made shorter, half may rise at most, or no epoch would have the whole KL
+    values["warmup"] = min(values["warmup"], getattr(args, "epochs", values["epochs"]) // 2)
     changed = {flag: value for flag, value in vars(args).items()
                if flag in values and value != values[flag]}
     return (argparse.Namespace(**(values | vars(args))),
@@ -324,8 +318,7 @@ def start(args, config, data, device):
         u = data.batch(pick.repeat(-(-config.components // len(pick)))
                        [:config.components].to(device)).cpu()
     model = build(config, u)
-    mean = mean_image(data.train)
-    model.set_output_bias(mean.cpu(), spread_image(data.train, mean).cpu())
+    model.set_output_bias(*(part.cpu() for part in mean_and_spread(data.train)))
     model.to(device)
     if config.prior == "vamp" and parallel.size() > 1:
         model.prior.encode_all = parallel.encode
@@ -342,23 +335,20 @@ def start(args, config, data, device):
     return Run(model, average, optimizer)
 
 
-def mean_image(x):
-    """Mean of the pixels (D,) over a split, in blocks, so that a large one is never all floats."""
-    return sum(datasets.pixels(part).sum(0, dtype=torch.float64)
-               for part in x.split(10_000)).div(len(x)).float()
-
-
-def spread_image(x, mean):
-    """Standard deviation of the pixels (D,) over a split about its mean image, in blocks."""
-    return sum((datasets.pixels(part) - mean).square().sum(0, dtype=torch.float64)
-               for part in x.split(10_000)).div(len(x)).sqrt().float()
+def mean_and_spread(x):
+    """Mean and standard deviation of the pixels, each (D,), over a split, in blocks, so that a large
+    one is never all floats."""
+    def mean_of(function):
+        return sum(function(datasets.pixels(part)).sum(0, dtype=torch.float64)
+                   for part in x.split(10_000)).div(len(x))
+    mean = mean_of(lambda part: part).float()
+    return mean, mean_of(lambda part: (part - mean).square()).sqrt().float()
 
 
 def mean_image_elbo(data, likelihood="bernoulli"):
     """Validation log-likelihood of independent pixels with the training images' mean and spread:
     what no model may miss."""
-    mean = mean_image(data.train)
-    parameters = constant_parameters(likelihood, mean, spread_image(data.train, mean))
+    parameters = constant_parameters(likelihood, *mean_and_spread(data.train))
     log_prob = LIKELIHOODS[likelihood][0]
     return sum(log_prob(datasets.pixels(part), parameters).sum().item()
                for part in data.val.split(1000)) / len(data.val)
