@@ -274,6 +274,11 @@ def test_claims_of_the_recorded_runs():
     runs, fashion = (report.read_seeds(HERE / "assets" / folder)[0] for folder in ("runs", "fashion"))
     spent = [report.expected_minutes(run, runs, 2, 340, 500) for run in (runs, seeds[2])]
     assert 1.6 < spent[1] / spent[0] < 2.4 and seeds[2]["vae"]["trained_in"] == "float32"     # "twice that"
+    for kind in ("vae", "vamp"):        # "by two at most", "far fewer"
+        short = [report.read_metrics(path)["active_units"]["z"]
+                 for path in (HERE / "assets/decay").glob(f"{kind}-*/metrics.json")]
+        long = [run[kind]["active_units"]["z"] for run in (runs, *seeds)]
+        assert len(short) == 3 and max(short) - min(short) <= 2 and max(long) < min(short) - 7
     more = [run["vamp"]["active_units"]["z"] - run["vae"]["active_units"]["z"] for run in (runs, fashion)]
     assert 0 < more[0] < 5 < 10 < more[1]       # "a few here, many on Fashion-MNIST"
     for path in (HERE / "assets/runs-5000").glob("*/metrics.json"):     # "the same weights"
