@@ -95,10 +95,12 @@ def image_grid(blocks, title, runs, columns=16):
 
 
 def finish_curves(ax, title, part):
-    """Names the axes, and limits y: first epochs plunge, and one bad epoch may lie far away."""
-    late = np.sort(np.concatenate([v[len(v) // (10 if part == "kl" else 5):]
-                                   for v in (line.get_ydata() for line in ax.lines)]))
-    low, high = late[len(late) // 50], late[-1 - len(late) // 50]      # all but 2 % at each end
+    """Names the axes, and limits y: first epochs plunge, and bad epochs may lie far away."""
+    late = np.concatenate([v[len(v) // (10 if part == "kl" else 5):]
+                           for v in (line.get_ydata() for line in ax.lines)])
+    quarter, three = np.percentile(late, [25, 75])
+    near = late[abs(late - (quarter + three) / 2) <= 2 * (three - quarter)]     # Tukey's fences
+    low, high = near.min(), near.max()
     margin = max(0.08 * (high - low), 0.05)
     ax.set(title=title, xlabel="epoch", ylabel=NATS, ylim=(low - margin, high + margin))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

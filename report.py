@@ -170,7 +170,7 @@ def time_block(runs, seeds):
         return text
     short = next(iter(runs.values()))
     spent = expected_minutes(wide[-1], runs, 2, short["epochs"], short["samples"])
-    return f"{text} Without bfloat16, by the pace of `make paper` in float32, about {spent}."
+    return f"{text} On two cores without bfloat16, by the pace of `make paper` in float32, about {spent}."
 
 
 def plane_block(metrics):

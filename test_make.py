@@ -281,6 +281,8 @@ def test_claims_of_the_recorded_runs():
         assert len(short) == 3 and max(short) - min(short) <= 2 and max(long) < min(short) - 7
     more = [run["vamp"]["active_units"]["z"] - run["vae"]["active_units"]["z"] for run in (runs, fashion)]
     assert 0 < more[0] < 5 < 10 < more[1]       # "a few here, many on Fashion-MNIST"
+    for run in (fashion, *seeds):       # "of its layer"
+        assert run["hvamp"]["active_units"]["z2"] > run["hvae"]["active_units"]["z2"]
     for path in (HERE / "assets/runs-5000").glob("*/metrics.json"):     # "the same weights"
         same = HERE / "assets/runs" / path.relative_to(HERE / "assets/runs-5000")
         assert len({json.loads(p.read_text())["model_sha256"] for p in (path, same)}) == 1
