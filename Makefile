@@ -24,6 +24,8 @@ PROCS     ?= 1
 TRAIN_FLAGS ?=
 EVAL_FLAGS  ?=
 TO        ?= runs
+# a variable as it was given, or else a target's own value
+given      = $(if $(filter file,$(origin $1)),$2,$($1))
 ifneq ($(shell [ "$(PROCS)" -gt 0 ] 2>&1 && echo good),good)
 $(error PROCS="$(PROCS)" must be a whole number from 1 on)
 endif
@@ -98,7 +100,7 @@ quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-in
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-quick) RECIPE=quick SAMPLES=20 EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
 
 plane: $(ENV)  ## the picture at the head of the README: three priors of two latents, in about eight minutes
-	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-plane) MODELS="vae mog vamp" EPOCHS=$(or $(EPOCHS),120) \
+	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-plane) MODELS="$(call given,MODELS,vae mog vamp)" EPOCHS=$(or $(EPOCHS),120) \
 	  TRAIN_FLAGS="--z-dim 2 $(TRAIN_FLAGS)"
 
 # a folder seed0, seed1, ... for each training seed, with a report of its own
@@ -106,8 +108,8 @@ PAPER := $(RUN)$(if $(NEW_RUN),-paper)
 paper: $(ENV)  ## the full protocol, hours: four models, three seeds, longer training, S = 5000
 	@if [ -f $(PAPER)/trained-by ]; then echo "error: $(PAPER) holds models of one seed; move what is in it to" \
 	  "$(PAPER)/seed0, or give another RUN" >&2; exit 2; fi
-	@set -e; for s in $(SEEDS); do $(ALONE) $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long SAMPLES=5000 \
-	  MODELS="vae vamp hvae hvamp"; done
+	@set -e; for s in $(SEEDS); do $(ALONE) $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long \
+	  SAMPLES=$(call given,SAMPLES,5000) MODELS="$(call given,MODELS,vae vamp hvae hvamp)"; done
 	@rm -f $(PAPER)/latest; ln -sfn $(notdir $(PAPER)) $(dir $(PAPER))latest
 	@$(PYTHON) report.py $(PAPER)
 
@@ -168,7 +170,11 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@test $(TO) != runs -o -f $(RUN)/report.html || { echo "error: $(RUN) holds seeds: record it with TO=paper" >&2; exit 2; }
+	@cd assets/$(TO) 2>/dev/null || exit 0; if [ -d seed0 -a -f $(abspath $(RUN))/report.html ] || \
+	  [ ! -d seed0 -a ! -f $(abspath $(RUN))/report.html ]; then \
+	  echo "error: of $(RUN) and assets/$(TO) one holds seeds, the other not: give another TO" >&2; exit 2; fi
+	@cd assets/$(TO) 2>/dev/null || exit 0; for f in */metrics.json; do test ! -f $$f -o -f $(abspath $(RUN))/$$f || { \
+	  echo "error: $(RUN) has no $${f%/*}, assets/$(TO) has: the two would mix" >&2; exit 2; }; done
 	@set -e; if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
 	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi

@@ -39,7 +39,8 @@ FILES = {"train-images-idx3-ubyte": (60000, 28, 28), "train-labels-idx1-ubyte": 
          "t10k-images-idx3-ubyte": (10000, 28, 28), "t10k-labels-idx1-ubyte": (10000,)}
 # The three sets share file names and sizes; the first test labels tell which set a folder holds.
 FIRST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9], "fashion": [9, 2, 1, 1, 6, 1, 4, 6]}
-# For a process that can be killed: a socket's time-out covers neither look-ups nor endless drips.
+# Run in a process of its own, which `fetched` kills after a time: a socket's time-out covers neither
+# the look-up of a name nor a server that sends a byte now and then.
 FETCH = """
 import socket, sys, torchvision
 kind, timeout, folder = sys.argv[1:]

@@ -7,6 +7,7 @@ json, csv and npz get a clear line when they are damaged or of another run, and 
 Importing this does not import torch.
 """
 import argparse
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -60,7 +61,8 @@ def remove_leftovers(folder, prefix):
                 os.kill(int(process), 0)        # asks only: is it alive?
             except ProcessLookupError:
                 path = os.path.join(folder, name)
-                shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
+                with contextlib.suppress(FileNotFoundError):    # another process was quicker
+                    shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
             except PermissionError:             # alive, and another user's
                 pass
 
@@ -211,10 +213,18 @@ def command(main):
     def wrapped(argv=None):
         try:
             return main(argv) or 0
-        except (ValueError, OSError, MemoryError) as error:
+        except Exception as error:
+            if not expected(error):
+                raise
             fail(one_line(error))
             return 2
     return wrapped
+
+
+def expected(error):
+    """Whether an error is to be said in one line. A torch without memory raises RuntimeError."""
+    return isinstance(error, (ValueError, OSError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "allocate" in str(error))
 
 
 def fail(text):

@@ -192,7 +192,8 @@ def log_mixture(z, mu, logvar, log_pi=None):
     memory is a block of at most 1024 x 1024, and the (K, 2D) coefficients with their gradient.
     The products are float64, which neither TF32, "medium" precision nor autocast touches, because
     the expansion cancels digits. Result: float32 for float32 (or narrower) z; its error against
-    float64 is the rounding of the result, at most 6e-8 of its size: 1e-3 nats at 10,000 nats.
+    float64 is the rounding of the result, at most 6e-8 of its size, for |mu| of a few and logvar
+    from -14 on. Narrower components lose digits, at -30 whole nats: clamp the encoder's logvar.
     On a device without float64 (mps) the products are float32: errors up to 0.1 nats for |z|, |mu|
     up to 5 and logvar from -6 to 2 at D = 40.
     Not twice differentiable. ValueError on shapes that do not fit.
@@ -271,7 +272,7 @@ class _Mixture(_Prior):
 
     def log_pi(self):
         """Normalised log weights (K,) of the components, or None when all are 1/K."""
-        return None if self.weight_logits is None else torch.log_softmax(self.weight_logits, 0)
+        return None if self.weight_logits is None else torch.log_softmax(_wide(self.weight_logits), 0)
 
     def log_prob(self, z):
         """log p(z) in nats: (..., D) -> (...)."""
@@ -288,7 +289,7 @@ class _Mixture(_Prior):
     def frozen(self):
         """The same density as a MixturePrior of constants: the encoder runs once, not per call."""
         mu, logvar = self.components()
-        return MixturePrior(mu.clone(), logvar.clone(), self.weight_logits).requires_grad_(False)
+        return MixturePrior(mu, logvar, self.weight_logits).requires_grad_(False)
 
 
 class MixturePrior(_Mixture):
@@ -315,10 +316,11 @@ class VampPrior(_Mixture):
     encoder: any callable x -> (mu, logvar), each (K, D). It is shared with the VAE, so it is not
     registered here: the model's state_dict holds it once. Give an nn.Module, not a lambda, if the
     model will be copied: `copy.deepcopy` copies no function, so the copy would call this encoder.
+    nn.DataParallel is not supported: its copies would call it too.
     pseudo_inputs (K, ...): first values of u, for instance training images.
     learned_weights: learn pi_k; otherwise 1/K.
-    bounds: (low, high) to keep u inside, or None for data without bounds. Call `project_()` after
-    each optimiser step, or u drifts away behind the bound.
+    bounds: (low, high) of your data, to keep u inside: the encoder never sees a value beyond. None
+    for data without bounds. Call `project_()` after each optimiser step, or u drifts away behind one.
 
     More than BLOCK pseudo-inputs are encoded in blocks, and again in the backward pass: memory is
     that of one block's layers, beside u with its gradient and the (K, D) of mu and logvar.
@@ -356,8 +358,7 @@ class VampPrior(_Mixture):
             return self._encoder[0](self._bounded(part))
         if len(u) <= BLOCK:
             return encode(u)
-        parts = [checkpoint(encode, part, use_reentrant=False, preserve_rng_state=False)
-                 for part in u.split(BLOCK)]
+        parts = [checkpoint(encode, part, use_reentrant=False) for part in u.split(BLOCK)]
         return tuple(map(torch.cat, zip(*parts)))
 
     @torch.no_grad()
@@ -599,7 +600,7 @@ class HVAE(_Model):
         mu1, logvar1 = self._q1(features, z2)
         z1 = _normal(mu1, logvar1, generator)
         recon = self.log_px(x, self.decode(z1, z2))
-        if path_gradient:       # z1's score given z2 has mean zero too, also through z2
+        if path_gradient:       # q(z1 | x, z2)'s score has mean zero at every z2: drop it there, too
             mu1, logvar1, mu2, logvar2 = (t.detach() for t in (mu1, logvar1, mu2, logvar2))
         kl1 = log_normal(z1, mu1, logvar1) - log_normal(z1, *self.p1(z2))
         kl2 = log_normal(z2, mu2, logvar2) - (prior or self.prior).log_prob(z2)
@@ -631,8 +632,8 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 
 
 def constant_parameters(likelihood, mean, spread=None):
-    """Parameters (outputs * D,) of pixels of this mean, each (D,), and about this standard deviation:
-    a logistic's is 1.8 times its scale, which a start may ignore."""
+    """A decoder's outputs (D,) or, for grey pixels, (2D,) with this mean image (D,) and the scale
+    `spread` (D,). A logistic's standard deviation is 1.8 times its scale, near enough for a start."""
     logits = torch.logit(mean.clamp(0.01, 0.99))
     if likelihood == "bernoulli":
         return logits

@@ -8,8 +8,8 @@ import numpy as np
 
 import files
 import plot
-from records import (ACTIVE, BETTER, PARTS, data_lines, latent_columns, latent_notes, measured,
-                     results, samples_of, stat, units, units_line, used)
+from records import (BETTER, PARTS, data_lines, latent_columns, latent_notes, measured, results,
+                     samples_of, stat, units, units_line, used)
 
 # ------------------------------------------------------------------------ what the numbers say
 # Every claim below is of this run, and of one model over another only beyond two standard errors of
@@ -19,7 +19,8 @@ from records import (ACTIVE, BETTER, PARTS, data_lines, latent_columns, latent_n
 def comparable(runs):
     """Whether these runs were measured alike, on images enough for a standard error."""
     return (len(runs) > 1 and len({measured(run.metrics) for run in runs}) == 1
-            and runs[0].metrics["images"] > 1)
+            and runs[0].metrics["images"] > 1
+            and all(np.array_equal(run.arrays["images"], runs[0].arrays["images"]) for run in runs))
 
 
 def each(runs, text):
@@ -58,9 +59,9 @@ def prior_lines(runs):
 
 
 def trend(run):
-    """How the validation ELBO ended: the mean of its last tenth of epochs less the tenth before."""
+    """How the validation ELBO ended: the mean of its last twentieth of epochs less that before."""
     elbo = run.log["val_elbo"]
-    n = max(1, len(elbo) // 10)
+    n = max(1, len(elbo) // 20)
     if len(elbo) < 2:
         return "one epoch only"
     rise = elbo[-n:].mean() - elbo[-2 * n:-n].mean()
@@ -87,18 +88,12 @@ def activity(runs):
     return f"Active: {each(runs, lambda run: units(run.metrics))}{end}."
 
 
-def plane(run):
-    """The share of the posterior means' variance that the two axes of the picture hold."""
-    s = np.linalg.eigvalsh(np.atleast_2d(np.cov(run.arrays["latent_means"].T, bias=True)))
-    return f"{s[-2:].sum() / max(s.sum(), 1e-12):.0%}"
-
-
 def latent(runs):
     """What stands behind the points: the prior's density if all have two latents, or its parts."""
     if all("plane_box" in run.arrays for run in runs):
         return "Behind them is the prior's log density; the images are what the plane generates."
-    return ("Rings are the prior's components, circles N(0, I). The two main axes of the means hold "
-            f"{each(runs, plane)} of their variance: what lies along the others is not seen.")
+    return ("Rings are the prior's components, circles N(0, I). The axes say how much of the variance "
+            "they show: the rest is not seen.")
 
 
 def distance(run):
@@ -121,15 +116,6 @@ def spread(run):
             f"least likely at {low:.1f}.")
 
 
-def carried(run):
-    """The share of each layer's KL in its active dimensions."""
-    parts = []
-    for layer, n in run.metrics["active_units"].items():
-        kl, on = run.arrays[f"kl_per_dim_{layer}"], run.arrays[f"variance_{layer}"] > ACTIVE
-        parts.append(f"{kl[on].sum() / max(kl.sum(), 1e-12):.0%} of the KL of {layer}")
-    return f"The active dimensions carry {' and '.join(parts)}."
-
-
 # {figure: (what it shows, how to read it, what it shows in this run)}
 
 
@@ -145,8 +131,8 @@ COMPARED = {
     "latents": ("Latent spaces", "Points are posterior means of test images.", latent),
     "walks": ("Walks between two test images in latent space", "A row is a model's way from the "
               "image on the left to that on the right.", lambda runs: ""),
-    "dynamics": ("Validation ELBO, reconstruction and KL over the epochs", "The last tenth of the "
-                 "epochs against the tenth before shows whether the ELBO had settled:",
+    "dynamics": ("Validation ELBO, reconstruction and KL over the epochs", "The last twentieth of "
+                 "the epochs against that before shows whether the ELBO had settled:",
                  lambda runs: f"{each(runs, trend)}."),
     "tradeoff": ("Reconstruction against KL", "Up and to the left is better; along a grey line "
                  "the ELBO is the same.", lambda runs: lead(runs, "elbo")),
@@ -157,7 +143,7 @@ COMPARED = {
 OF_MODEL = {
     "pseudo_inputs": ("Pseudo-inputs above what each generates", "Most used first.", most_used),
     "film": ("Pseudo-inputs over the epochs", "What training makes of the same pseudo-inputs.",
-             lambda run: f"{run.metrics['epochs']:,} epochs, {run.metrics['best_epoch']:,} kept."),
+             lambda run: f"{run.metrics['epochs']:,} epochs; epoch {run.metrics['best_epoch']:,} kept."),
     "curves": ("Training and validation over the epochs", "Where validation "
                "is worse than training, the model overfits.", overfit),
     "reconstructions": ("Test images above their reconstructions", "",
@@ -167,7 +153,8 @@ OF_MODEL = {
     "latent": ("Latent space", "Points are posterior means of test images.",
                lambda run: latent([run])),
     "likelihood": ("Log-likelihoods of the test images", "", spread),
-    "kl": ("KL per latent dimension", "Grey dimensions are inactive.", carried),
+    "kl": ("KL per latent dimension", "Measured against the prior's one-dimensional marginals; "
+           "under a mixture these do not add up to the KL.", lambda run: ""),
     "shared_z2": ("Samples that share one z2", "What differs among them comes from z1 alone.",
                   lambda run: f"KL1 is {stat(run.metrics, 'kl1')} nats, KL2 "
                   f"{stat(run.metrics, 'kl2')}.")}

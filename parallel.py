@@ -60,31 +60,33 @@ def start(device):
 
 
 def meet(store, rank, count):
-    """A name for this start, the same on all processes: the store keeps what an earlier start left,
-    and torchrun's count of restarts is each machine's own. RuntimeError after WAIT seconds."""
+    """A name for this start, the same on all processes, for the store keeps the keys of an earlier
+    start that failed. (Each machine counts torchrun's restarts for itself, so a count is no name.)
+    RuntimeError after WAIT seconds."""
     end = time.monotonic() + WAIT
     if rank == 0:
         name = uuid.uuid4().hex
         store.set("start", name)
         store.wait([f"{name} {other}" for other in range(1, count)], timedelta(seconds=WAIT))
-        store.delete_key("start")       # a later start shall not find it
+        store.set("start", "")          # a later start shall not find the name
         store.set(f"{name} go", "")
         return name
+    store.wait(["start"], timedelta(seconds=WAIT))
+    name = ""
     while True:
-        store.wait(["start"], timedelta(seconds=max(1, end - time.monotonic())))
-        name = store.get("start").decode()
+        name = store.get("start").decode() or name
         store.set(f"{name} {rank}", "")
         try:
             store.wait([f"{name} go"], timedelta(seconds=1))
             return name
-        except RuntimeError:            # perhaps a start that never came about left this name
+        except RuntimeError:            # none yet, or that of a start that never came about
             if time.monotonic() > end:
                 raise
 
 
 def script(main):
-    """Ends the process with main()'s exit code. One of several ends at once: a thread of gloo that
-    still drops a tensor would abort while Python itself takes its time to end."""
+    """Ends the process with main()'s exit code. One of several ends by os._exit: a thread of gloo
+    that frees a tensor while Python shuts down would abort the process."""
     try:
         code = main()
     except SystemExit as stop:
@@ -146,7 +148,9 @@ def together(function):
     result = error = None
     try:
         result = function()
-    except (ValueError, OSError, MemoryError) as caught:
+    except Exception as caught:
+        if not files.expected(caught):
+            raise
         error = files.one_line(caught)
     for rank, said in enumerate(gather(error)):
         if said:

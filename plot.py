@@ -95,12 +95,14 @@ def image_grid(blocks, title, runs, columns=16):
 
 
 def finish_curves(ax, title, part):
-    """Names the axes, and limits y: first epochs plunge, and bad epochs may lie far away."""
-    late = np.concatenate([v[len(v) // (10 if part == "kl" else 5):]
-                           for v in (line.get_ydata() for line in ax.lines)])
-    quarter, three = np.percentile(late, [25, 75])
-    near = late[abs(late - (quarter + three) / 2) <= 2 * (three - quarter)]     # Tukey's fences
-    low, high = near.min(), near.max()
+    """Names the axes, and limits y to what is usual in each line: first epochs plunge, and bad epochs
+    may lie far away."""
+    ends = []
+    for values in (line.get_ydata() for line in ax.lines):
+        late = values[len(values) // (10 if part == "kl" else 5):]
+        quarter, three = np.percentile(late, [25, 75])
+        ends += late[abs(late - (quarter + three) / 2) <= 2 * (three - quarter)].tolist()   # Tukey's fences
+    low, high = min(ends), max(ends)
     margin = max(0.08 * (high - low), 0.05)
     ax.set(title=title, xlabel="epoch", ylabel=NATS, ylim=(low - margin, high + margin))
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -274,8 +276,11 @@ def draw_dynamics(runs):
 
 def collapse_message(metrics):
     """A line on N(0, I) against the VampPrior per pair, then what all pairs support beyond two
-    errors: those of different images, a cautious choice, as metrics hold no image's values."""
+    errors: those of different images, a cautious choice, as metrics hold no image's values. Units
+    and KL are those of the layer that has the prior. Nothing where two models are of one kind."""
     kinds, lines, claims = {(m["model"], m["prior"]): m for m in metrics}, [], []
+    if len(kinds) < len(metrics):
+        return ""
     for model in ("vae", "hvae"):
         plain, vamp = (kinds.get((model, prior)) for prior in ("standard", "vamp"))
         if plain and vamp and measured(plain) == measured(vamp):
@@ -285,15 +290,16 @@ def collapse_message(metrics):
             lines.append(f"{model.upper()}: {how} units of {top} active under N(0, I), {a} of {D}, "
                          f"{'as' if a == b else 'than'} under the VampPrior, {b};")
             claims.append([a < b])
-            for part, sign, end in (("kl", 1, ","), ("recon", -1, f" {NATS}.")):
+            for part, what, sign, end in ((kl := top.replace("z", "kl"), kl.upper(), 1, ","),
+                                          ("recon", PARTS["recon"], -1, f" {NATS}.")):
                 x, y = plain[part], vamp[part]
-                lines[-1] += f" {PARTS[part]} {x['mean']:.2f} and {y['mean']:.2f}{end}"
+                lines[-1] += f" {what} {x['mean']:.2f} and {y['mean']:.2f}{end}"
                 claims[-1].append(sign * (x["mean"] - y["mean"]) > 2 * math.hypot(x["se"], y["se"]))
-    ends = {(True, True, True): ", yet the KL is higher and the reconstruction worse",
-            (True, True, False): ", yet the KL is higher",
+    ends = {(True, True, True): ", yet its KL is higher and the reconstruction worse",
+            (True, True, False): ", yet its KL is higher",
             (True, False, True): " and the reconstruction is worse"}
     if end := ends.get(tuple(map(all, zip(*claims)))):
-        lines.append(f"Under N(0, I) fewer units are active{end}.")
+        lines.append(f"Under N(0, I) fewer units of the top layer are active{end}.")
     return "\n".join(lines)
 
 
@@ -420,7 +426,7 @@ def draw_planes(runs):
         grid.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=box[[0, 2, 1, 3]])
         grid.set_title("what the plane generates,\nfainter where the prior is thin")
         for ax in (density, grid):
-            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xlabel="z1", ylabel="z2")
+            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xlabel="dimension 1", ylabel="dimension 2")
     fig.colorbar(shade, ax=[*panes] if side else [*panes[:n]], shrink=0.8,
                  label="log p(z), nats" + "; the same levels for all" * (not side))
     fig.legend(legend.values(), legend, loc="outside upper center", ncols=10,

@@ -228,8 +228,8 @@ def expectation(assets, models, jobs, epochs=None, samples=None):
     if missing := [name for name in models if name not in recorded]:
         return f"no recorded run of {', '.join(missing)} tells how long this will take"
     return (f"expected: about {expected_minutes(recorded, models, jobs, epochs, samples)} minutes, "
-            "as on the two cores of the recorded runs, about twice that without bfloat16; the progress "
-            "bars know better")
+            "as recorded on two cores with one thread a model, about twice that without bfloat16; the "
+            "progress bars know better")
 
 
 @files.command

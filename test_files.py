@@ -216,6 +216,13 @@ def test_a_log_file_gets_lines_and_no_control_characters(monkeypatch, capsys):
     assert bar.mininterval == 60 and seen.err.startswith("vae: training:   0%")
 
 
+def test_a_torch_without_memory_is_one_line_and_other_errors_of_its_are_not(capsys):
+    assert files.command(lambda argv: torch.empty(2**60))() == 2
+    assert "can't allocate memory" in capsys.readouterr().err
+    with pytest.raises(RuntimeError):
+        files.command(lambda argv: torch.ones(2) @ torch.ones(3))()
+
+
 @pytest.mark.parametrize("module, others", [("files", "torch"), ("models", "files data"),
                                             ("report", "torch models data train")])
 def test_a_module_does_not_import(module, others):

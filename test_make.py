@@ -133,6 +133,24 @@ def plan(*words):
                           capture_output=True, text=True)
 
 
+@pytest.mark.parametrize("target", ["paper", "plane"])
+def test_models_and_samples_are_taken_where_they_are_given(target):
+    out = plan(target, "MODELS=vamp", "SAMPLES=9", "SEED=1").stdout
+    assert re.findall(r"--model (\w+) +--prior (\w+)", out) == [("vae", "vamp")] and "--samples 9 " in out
+
+
+@pytest.mark.parametrize("to, found, said", [
+    ("runs", ["comparison.md", "report.html"], "has no hvamp, assets/runs has"),
+    ("paper", ["comparison.md", "report.html"], "one holds seeds"),
+    ("runs", ["comparison.md"], "one holds seeds"), ("new", [], "holds no finished run")])
+def test_records_that_would_mix_are_refused(to, found, said, tmp_path):
+    for name in found:
+        (tmp_path / name).write_text("")
+    done = subprocess.run(["make", "record", "PYTHON=false", f"TO={to}", f"RUN={tmp_path}"], cwd=HERE,
+                          env=ENV, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr
+
+
 @pytest.mark.parametrize("words, folder", [
     (["all"], r"results/\d{8}-\d{6}"), (["quick"], r"results/\d{8}-\d{6}-quick"),
     (["quick", "RUN=results/x/"], "results/x"), (["paper", "SEED=4"], r"results/\d{8}-\d{6}-paper/seed4"),
@@ -251,6 +269,8 @@ def test_claims_of_the_recorded_runs():
     twelve = {row["change"]: sum(row["val_elbo"]) / 3 for row in tries if len(row["val_elbo"]) == 3}
     better = [name for name, elbo in twelve.items() if "hvae" not in name and elbo > twelve["none"] + 0.1]
     assert re.fullmatch("each tensor's gradient .*\n.*--batch-size 500.*", "\n".join(better)), better
+    same = [elbo for name, elbo in twelve.items() if re.match("`--ema|`--learned|`--prec|pseudo-inp", name)]
+    assert len(same) == 4 and all(abs(elbo - twelve["none"]) < 0.1 for elbo in same)
     for name, m in found.items():
         paper = report.PUBLISHED["mnist"][1][m["model"], m["prior"]]
         assert all(nll < paper for nll in m["nll"]["each"]), name
@@ -271,7 +291,10 @@ def test_claims_of_the_recorded_runs():
     last = [[*csv.DictReader((p / "log.csv").open())][-1] for p in some]
     gaps = [float(row["train_elbo"]) - float(row["val_elbo"]) for row in last]
     assert min(nll) == nll[1] and gaps == sorted(gaps) and gaps[2] > 2 * gaps[1]
-    runs, fashion = (report.read_seeds(HERE / "assets" / folder)[0] for folder in ("runs", "fashion"))
+    runs, fashion, grey, late = (report.read_seeds(HERE / "assets" / folder)[0]
+                                 for folder in ("runs", "fashion", "grey", "runs-5000"))
+    gains = [late[name]["nll"]["mean"] - found[name]["nll"]["mean"] for name in ("vae", "vamp")]
+    assert 0.25 < gains[0] < 0.35 and 0 < gains[1] < 0.1        # "of the 80 epochs more"
     spent = [report.expected_minutes(run, runs, 2, 340, 500) for run in (runs, seeds[2])]
     assert 1.6 < spent[1] / spent[0] < 2.4 and seeds[2]["vae"]["trained_in"] == "float32"     # "twice that"
     for kind in ("vae", "vamp"):        # "by two at most", "far fewer"
@@ -279,8 +302,8 @@ def test_claims_of_the_recorded_runs():
                  for path in (HERE / "assets/decay").glob(f"{kind}-*/metrics.json")]
         long = [run[kind]["active_units"]["z"] for run in (runs, *seeds)]
         assert len(short) == 3 and max(short) - min(short) <= 2 and max(long) < min(short) - 7
-    more = [run["vamp"]["active_units"]["z"] - run["vae"]["active_units"]["z"] for run in (runs, fashion)]
-    assert 0 < more[0] < 5 < 10 < more[1]       # "a few here, many on Fashion-MNIST"
+    more = [run["vamp"]["active_units"]["z"] - run["vae"]["active_units"]["z"] for run in (runs, fashion, grey)]
+    assert 0 < more[0] < 5 < 10 < more[1] and more[2] == 0      # "a few here", "many", "none in grey"
     for run in (fashion, *seeds):       # "of its layer"
         assert run["hvamp"]["active_units"]["z2"] > run["hvae"]["active_units"]["z2"]
     for path in (HERE / "assets/runs-5000").glob("*/metrics.json"):     # "the same weights"

@@ -124,6 +124,9 @@ def test_float32_error_of_log_mixture(monkeypatch):
     assert ((value - exact).abs() <= 6e-8 * exact.abs() + 1e-9).all()
     for ours, theirs in zip(slopes, gradients(exact, doubles)):
         assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    for level, low, high in ((-14, 0, 2e-5), (-30, 0.5, 5)):
+        narrow = (mu[:64], mu, torch.full_like(mu, level))
+        assert low <= (log_mixture(*narrow) - mixture(*(t.double() for t in narrow))).abs().max() <= high
     monkeypatch.setattr(models, "products_dtype", lambda device: torch.float32)     # Apple's GPUs
     assert 1e-4 < (log_mixture(*inputs) - exact).abs().max() <= 0.1
 
@@ -185,6 +188,9 @@ def test_density_and_samples_and_the_frozen_prior_belong_together(prior):
     for p in prior.parameters():        # training goes on without moving the copy
         p.add_(0.3)
     assert torch.equal(frozen.log_prob(z), before)
+    half = torch.zeros(300, 2, dtype=torch.bfloat16)        # whose weights sum to one all the same
+    torch.testing.assert_close(MixturePrior(half, half, half[:, 0]).log_prob(half[:5]),
+                               MixturePrior(half, half).log_prob(half[:5]))
     many = MixturePrior(torch.arange(1000.0)[:, None], torch.full((1000, 1), -6.0))
     assert many.sample(20, seeded(0)).mean() > 200      # not of the first twenty components
 
@@ -212,6 +218,14 @@ def test_many_pseudo_inputs_are_encoded_in_blocks_to_the_same_gradients(model, m
     for whole, parts in zip(*found, strict=True):
         torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12 * (1 + whole.abs().max().item()))
     assert sorted(seen) == sorted([5, 7] + [5, 3, 3, 1, 3, 3, 1])
+
+
+def test_blocks_are_encoded_anew_with_the_same_dropout(monkeypatch):
+    monkeypatch.setattr(models, "BLOCK", 3)
+    prior = VampPrior(lambda u: (torch.dropout(u, 0.5, True), u), torch.ones(7, 50))
+    mu, _ = prior.components()
+    mu.sum().backward()
+    assert 0 < (mu == 0).sum() < mu.numel() and torch.equal(prior.u.grad, mu)
 
 
 def test_pseudo_inputs_stay_inside_their_bounds():

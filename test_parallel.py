@@ -214,6 +214,20 @@ def test_processes_meet_whatever_an_earlier_start_left(monkeypatch):
             parallel.meet(store, rank, 2)
 
 
+def test_a_process_that_looks_too_early_finds_the_others_later(monkeypatch):
+    class Early(torch.distributed.HashStore):
+        def wait(self, keys, timeout):
+            if keys[0].endswith(" go") and not found:
+                first.join()
+                raise RuntimeError
+            super().wait(keys, timeout)
+    monkeypatch.setattr(parallel, "WAIT", 5)
+    store, found = Early(), []
+    first = threading.Thread(target=lambda: found.append(parallel.meet(store, 0, 2)))
+    first.start()
+    assert [parallel.meet(store, 1, 2)] == found
+
+
 def test_a_process_that_never_comes_is_one_line(many, tmp_path):
     code = "import sys, parallel, train; parallel.WAIT = 1; sys.exit(train.main(sys.argv[1:]))"
     done = subprocess.run(

@@ -23,7 +23,7 @@ def stat(mean, se):
 
 def fake_run(folder, N=60, D=7, K=30, images=40, epochs=12, own=1.2, **changes):
     """A run folder with other random numbers in every place, pictures of 5 x 4 pixels; its Path.
-    What an image adds to a term is alike in all models but for a deviation of `own`."""
+    All see the same test images; what one adds to a term is alike but for a deviation of `own`."""
     folder.mkdir(parents=True)
     kind, rng = folder.name, np.random.default_rng([*folder.name.encode()])
     model, layers = ("hvae", ["z1", "z2"]) if kind[0] == "h" else ("vae", ["z"])
@@ -49,7 +49,8 @@ def fake_run(folder, N=60, D=7, K=30, images=40, epochs=12, own=1.2, **changes):
                 for i, name in enumerate(("log_px", *records.PARTS))},
              component_use=use, pseudo_use=np.sort(use)[::-1][:k], component_mu=rng.normal(3, 2, (K, D)),
              latent_means=rng.normal(3, 1, (N, D)) * np.linspace(1, 3, D),
-             **{name: rng.uniform(0, 0.9, (n, 20)).reshape(shape.get(name, (n, 20)))   # never white
+             **{name: (np.random.default_rng(n) if name == "images" else rng).uniform(
+                 0, 0.9, (n, 20)).reshape(shape.get(name, (n, 20)))     # never white
                 for name, n in sizes.items() if name not in ("film", "shared_z2")
                 or name == {"vamp": "film"}.get(prior) or name == "shared_z2" and model == "hvae"},
              sample_distance=rng.uniform(4, 6, 16), film_epochs=[0, 1, 2, 5, 10],
@@ -113,13 +114,12 @@ def test_pictures_of_one_model(tmp_path, n, shown):
 
 
 def test_pictures_of_all_models(runs):
-    images = {"images": runs[0].arrays["images"]}
-    grid, names = tiles(plot.COMPARISON_FIGURES["comparison"](
-        [run._replace(arrays=run.arrays | images) for run in runs]))
+    grid, names = tiles(plot.COMPARISON_FIGURES["comparison"](runs))
     assert names == ["original", *LABELS.values()] and same(grid[0], runs[0], "images", 16)
     assert all(same(row, run, "reconstructions", 16) for row, run in zip(grid[1:], runs))
-    grid, names = tiles(plot.draw_comparison(runs[:2]))         # of different images
-    assert names[::2] == ["original"] * 2 and same(grid[2], runs[1], "images", 16)
+    other = runs[1]._replace(arrays=runs[1].arrays | {"images": runs[1].arrays["samples"][:40]})
+    grid, names = tiles(plot.draw_comparison([runs[0], other]))
+    assert names[::2] == ["original"] * 2 and same(grid[2], other, "images", 16)
     grid, names = tiles(plot.COMPARISON_FIGURES["samples"](runs))
     assert names == [*LABELS.values()]
     assert all(same(two, run, "samples", 32) for two, run in zip(np.split(grid, 5), runs))
@@ -249,6 +249,8 @@ def test_curves(runs):
     log["train_elbo"][100:130] = -1e4       # bad epochs do not flatten the rest
     low, high = plot.draw_curves(runs[0]._replace(log=log)).axes[0].get_ylim()
     assert 0 < low < min(values) < max(values) < high
+    log["val_elbo"] -= 60                   # a model far below all others is seen
+    assert plot.draw_dynamics([*runs[1:4], runs[0]._replace(log=log)]).axes[0].get_ylim()[0] < -38
 
 
 def test_bars_and_histogram(runs):
@@ -309,26 +311,29 @@ def pair(layers=("z",), active=(2, 5), kl=(26, 25), recon=(-62, -60), **changes)
     alike = dict.fromkeys(("dataset", "note", "binarize", "samples", "images")) | {
         "model": "vae" if len(layers) == 1 else "hvae", "latent_dims": dict.fromkeys(layers, 9)}
     one, two = [alike | {"prior": prior, "active_units": {"z1": 9} | {layers[-1]: active[i]},
-                         "kl": stat(kl[i], 0.1), "recon": stat(recon[i], 0.1)}
+                         "kl": stat(99 - kl[i], 0.1), "recon": stat(recon[i], 0.1),
+                         layers[-1].replace("z", "kl"): stat(kl[i], 0.1)}
                 for i, prior in enumerate(("standard", "vamp"))]
     return [two | changes, one]
 
 
 @pytest.mark.parametrize("numbers, start, end", [
     ({}, "fewer units of z active under N(0, I), 2 of 9, than under the VampPrior, 5; KL 26.00 and "
-     "25.00, reconstruction -62.00", ", yet the KL is higher and the reconstruction worse"),
-    ({"recon": (-60, -60)}, "fewer", ", yet the KL is higher"),
+     "25.00, reconstruction -62.00", ", yet its KL is higher and the reconstruction worse"),
+    ({"recon": (-60, -60)}, "fewer", ", yet its KL is higher"),
     ({"kl": (25.28, 25)}, "fewer", " and the reconstruction is worse"),       # within two errors
     ({"kl": (25, 25), "recon": (-60.28, -60)}, "fewer", None),
     ({"active": (5, 2)}, "more units of z active under N(0, I), 5 of 9, than", None),
     ({"active": (3, 3)}, "as many units of z active under N(0, I), 3 of 9, as under", None)])
 def test_the_message_says_only_what_all_pairs_say(numbers, start, end):
     assert plot.collapse_message(pair(**numbers)).startswith(f"VAE: {start}")
-    two, last = ("z1", "z2"), [f"Under N(0, I) fewer units are active{end}."] if end else []
+    two, last = ("z1", "z2"), [
+        f"Under N(0, I) fewer units of the top layer are active{end}."] if end else []
     for metrics in (pair(**numbers), pair(**numbers) + pair(two), pair() + pair(two, **numbers)):
         lines = plot.collapse_message(metrics).split("\n")
         assert [line for line in lines if line.startswith("Under")] == last
-    assert plot.collapse_message(pair(samples=7)) == plot.collapse_message(pair()[:1]) == ""
+    for none in (pair(samples=7), pair()[:1], pair(**numbers) * 2):     # two of a kind: which of them?
+        assert plot.collapse_message(none) == ""
 
 
 @pytest.mark.filterwarnings("error")

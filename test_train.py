@@ -283,7 +283,7 @@ def test_the_film_shows_pseudo_inputs_at_chosen_epochs(digits, tmp_path):
 
 
 class Killed(BaseException):
-    """Stands for a kill: no handler of ours catches it."""
+    """Stands for a kill, but that a half-written file is removed; test_files.py kills for real."""
 
 
 def die_in_epoch(number, out, digits, monkeypatch, *flags):
@@ -369,18 +369,21 @@ def wait_for(condition, process, seconds=120):
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
-def test_signal_keeps_the_run_and_says_how_to_go_on(number, digits, tmp_path):
-    flags = ["--epochs", 1000, "--patience", 1000]
-    process = popen(tmp_path / "run", digits, *flags)
-    wait_for(lambda: (tmp_path / "run" / "log.csv").exists(), process)
-    process.send_signal(number)
+def test_signal_keeps_the_run_and_says_how_to_go_on(digits, tmp_path, capsys):
+    flags, out = ["--epochs", 1000, "--patience", 1000], tmp_path / "a run"
+    process = popen(out, digits, *flags)
+    wait_for(lambda: (out / "log.csv").exists(), process)
+    process.send_signal(signal.SIGTERM)
     error = process.communicate()[1]
-    assert process.returncode == 128 + number and "Traceback" not in error
-    assert error.splitlines()[-1].endswith(f"--out {tmp_path / 'run'} {' '.join(map(str, flags))} --resume")
-    assert not (tmp_path / "run" / "model.pt").exists()
-    assert not list((tmp_path / "run").glob(".*.tmp"))
-    fit(tmp_path / "run", digits, *flags[:1], len(rows(tmp_path / "run")), "--resume", code=2)
+    assert process.returncode == 143 and "Traceback" not in error
+    assert error.splitlines()[-1].endswith(f"--out '{out}' {' '.join(map(str, flags))} --resume")
+    assert not (out / "model.pt").exists() and not list(out.glob(".*.tmp"))
+    fit(out, digits, *flags[:1], len(rows(out)), "--resume", code=2)
+    one_line(capsys, "epochs = 1000")
+    (out / "config.json").unlink()      # of what settings last.pt is, nobody knows now
+    for more, said in ((), "holds a run already"), (["--resume"], "config.json"):
+        fit(out, digits, *more, code=2)
+        one_line(capsys, said)
 
 
 def test_ctrl_c_while_the_data_load(digits, tmp_path, monkeypatch, capsys):
@@ -484,7 +487,9 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(faces):
                       torch.device("cpu"))
     torch.manual_seed(0)
     wanted = data.train[torch.randperm(100).repeat(3)[:250]] / 255     # repeated: there are but 100
-    assert torch.equal(run.model.prior.u, wanted)
+    u = run.model.prior.u.detach()
+    assert torch.equal(u[:100], wanted[:100]) and (u - wanted).abs().max() < 0.06
+    assert len(u.unique(dim=0)) == 250      # equal ones would stay equal
     spread = (data.train.double() / 255).std(0, correction=0)
     found = run.model.output.bias[560:].double().exp()
     torch.testing.assert_close(found, spread.clamp_min(math.exp(-4)), rtol=1e-4, atol=0)
@@ -503,12 +508,15 @@ def test_the_floor_is_of_the_training_images_mean_and_spread(likelihood, faces):
 
 
 @pytest.mark.parametrize("elbo, code", [(-2000.0, 0), (-3500.0, 1)])
-def test_the_floor_of_a_density_lies_below_its_positive_level(elbo, code, tmp_path, monkeypatch):
+def test_the_floor_of_a_density_lies_below_its_positive_level(elbo, code, tmp_path, monkeypatch, capsys):
     x = np.random.default_rng(0).normal(0.5, 0.02, (50, 400))       # a density of e^1000
     np.save(tmp_path / "x.npy", x)
     assert train.mean_image_elbo(datasets.load(tmp_path / "x.npy", "", "none"), "gaussian") > 900
     monkeypatch.setattr(train, "validate", lambda *args: {"val_elbo": elbo})
     fit(tmp_path / "run", tmp_path / "x.npy", "--likelihood", "gaussian", code=code)
+    assert (tmp_path / "run" / "model.pt").exists() == (not code)
+    if code:
+        one_line(capsys, "-3500.0 after epoch 1, far below", "--lr")
 
 
 @pytest.mark.parametrize("data, flags, said", [
@@ -570,13 +578,6 @@ def test_folder_deleted_under_the_run(digits, tmp_path, capsys, monkeypatch):
     fit(tmp_path / "run", digits, code=2)
     one_line(capsys, "No such file or directory")
     assert not (tmp_path / "run").exists()
-
-
-def test_an_elbo_far_below_that_of_the_mean_image_stops(digits, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "validate", lambda *args: {"val_elbo": -1000.0})
-    fit(tmp_path / "run", digits, code=1)
-    one_line(capsys, "-1000.0 after epoch 1, far below", "--lr")
-    assert not (tmp_path / "run" / "model.pt").exists()
 
 
 def test_divergence_keeps_the_best_weights(digits, tmp_path, capsys, monkeypatch):

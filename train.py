@@ -21,6 +21,7 @@ import io
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -49,8 +50,8 @@ class Diverged(Exception):
 # ------------------------------------------------------------------------------------ arguments
 
 # What these flags are when they are not given. Data sets of fewer than SMALL training images take
-# the second line: few images make few batches, and overfit soon. Fewer than TINY take the third: as
-# many steps as the second has of 4,000. Fashion-MNIST in black and white has a line of its own: with the
+# the second line: few images make few batches, and overfit soon. Fewer than TINY take the third, of
+# more epochs, as theirs have few steps. Fashion-MNIST in black and white has a line of its own: with the
 # first line's rate some of its images blow up the HVAE now and then.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
 FEW = {"small": (40, 100, 3e-3, 10, 0.998, 0.5, 500), "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)}
@@ -213,7 +214,7 @@ def open_run(out, settings, resume):
     lock.write(f"process {os.getpid()}")
     lock.flush()
     path = out / "config.json"
-    if path.exists():
+    if path.exists() or (out / "last.pt").exists():
         if not resume:
             raise ValueError(f"{out} holds a run already; add --resume to go on, or give another --out")
         compare_settings(path, settings)
@@ -317,6 +318,7 @@ def start(args, config, data, device):
     if config.prior == "vamp":          # training images as a batch has them, repeated if few
         u = data.batch(pick.repeat(-(-config.components // len(pick)))
                        [:config.components].to(device)).cpu()
+        u[len(pick):] += 0.01 * torch.randn_like(u[len(pick):])     # equal ones would stay equal
     model = build(config, u)
     model.set_output_bias(*(part.cpu() for part in mean_and_spread(data.train)))
     model.to(device)
@@ -562,8 +564,8 @@ def main(argv=None):
             files.Line(Path(args.out).name).say(said)
     except files.Stopped:
         words = [w for w in (argv if argv is not None else sys.argv[1:]) if w != "--resume"]
-        again = " ".join(["python train.py", *words, "--resume" if "--out" in words else
-                          f"--out {args.out} --resume"])
+        again = shlex.join(["python", "train.py", *words, *([] if "--out" in words else
+                                                            ["--out", args.out]), "--resume"])
         if os.environ.get("ROWS"):      # make called
             again = f"the same make command and RUN={Path(args.out).parent}"
         elif parallel.launched():
