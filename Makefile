@@ -168,15 +168,15 @@ lab: $(ENV)  ## opens main.ipynb in JupyterLab
 bench: $(ENV)  ## times each piece against its plain form, into assets/bench.json (about ten minutes)
 	OMP_NUM_THREADS=$(CORES) $(PYTHON) bench.py --out assets/bench.json
 
-record:  ## copies the records of RUN to assets/, with TO=runs the figures too, and renews the tables
+record:  ## copies the records of RUN to assets/, with TO=paper the last seed's figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
 	@cd assets/$(TO) 2>/dev/null || exit 0; if [ -d seed0 -a -f $(abspath $(RUN))/report.html ] || \
 	  [ ! -d seed0 -a ! -f $(abspath $(RUN))/report.html ]; then \
 	  echo "error: of $(RUN) and assets/$(TO) one holds seeds, the other not: give another TO" >&2; exit 2; fi
 	@cd assets/$(TO) 2>/dev/null || exit 0; for f in */metrics.json; do test ! -f $$f -o -f $(abspath $(RUN))/$$f || { \
 	  echo "error: $(RUN) has no $${f%/*}, assets/$(TO) has: the two would mix" >&2; exit 2; }; done
-	@set -e; if [ $(TO) = runs ]; then cp $(RUN)/*.png assets/; for m in $(filter vamp hvamp,$(MODELS)); do \
-	  cp $(RUN)/$$m/pseudo_inputs.png assets/$$m-pseudo_inputs.png; done; fi
+	@set -e; if [ $(TO) = paper ]; then cd $(lastword $(sort $(wildcard $(RUN)/seed*))); \
+	  for f in *.png {vamp,hvamp}/pseudo_inputs.png; do cp $$f $(CURDIR)/assets/$${f/\//-}; done; fi
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
 	@for f in $(if $(filter grey fashion,$(TO)),samples comparison vamp/pseudo_inputs); do \
 	  cp $(RUN)/$$f.png assets/$(TO)-$$(basename $$f).png; done

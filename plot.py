@@ -61,9 +61,9 @@ def pictures(run, name, limit, columns):
     return images[:max(columns, len(images) - len(images) % columns)]
 
 
-def image_grid(blocks, title, runs, columns=16):
+def image_grid(blocks, title, runs, columns=16, test=True):
     """Figure of blocks of strips, each (label, images in [0, 1]) wrapped at `columns`; the
-    images are (n, h, w) or, in colour, (n, h, w, 3)."""
+    images are (n, h, w) or, in colour, (n, h, w, 3). `test`: whether they are of test images."""
     strips = [strip for block in blocks for _, strip in block]
     if any(strip.ndim == 4 for strip in strips):    # grey ones beside colour: three equal channels
         blocks = [[(label, strip if strip.ndim == 4 else strip[..., None].repeat(3, -1))
@@ -90,7 +90,7 @@ def image_grid(blocks, title, runs, columns=16):
     ax.set_yticks(list(ticks), ticks.values())
     ax.tick_params(length=0)
     ax.set_title(title, loc="left")
-    ax.annotate(source(runs), (0, 0), (0, -4), "axes fraction", "offset points", va="top", **MARGIN)
+    ax.annotate(source(runs, test), (0, 0), (0, -4), "axes fraction", "offset points", va="top", **MARGIN)
     return fig
 
 
@@ -131,7 +131,7 @@ def draw_film(run):
     """The same pseudo-inputs in the course of training, a row per recorded epoch."""
     strips = [(f"epoch {epoch}", images_of(run, frame))
               for epoch, frame in zip(run.arrays["film_epochs"], run.arrays["film"])]
-    return image_grid([strips], f"{run.label}: pseudo-inputs in the course of training", [run])
+    return image_grid([strips], f"{run.label}: pseudo-inputs in the course of training", [run], test=False)
 
 
 def draw_shared_z2(run):
@@ -139,7 +139,7 @@ def draw_shared_z2(run):
     strips = [(f"z2, draw {i}", images_of(run, row))
               for i, row in enumerate(run.arrays["shared_z2"], 1)]
     return image_grid([strips], f"{run.label}: each row has one z2 from the prior and draws of z1 "
-                      "from p(z1 | z2)", [run])
+                      "from p(z1 | z2)", [run], test=False)
 
 
 def draw_curves(run):
@@ -208,7 +208,7 @@ def draw_samples(runs):
     """Samples from the prior, as pixel probabilities, 16 in a row: 64 of one model, 32 of each."""
     shown = 64 if len(runs) == 1 else 32
     return image_grid([[(run.label, pictures(run, "samples", shown, 16))] for run in runs],
-                      "Samples from the prior", runs)
+                      "Samples from the prior", runs, test=False)
 
 
 def draw_walks(runs):
@@ -228,7 +228,7 @@ def draw_neighbours(runs):
         far, usual = (np.median(run.arrays[f"{name}_distance"])
                       for name in ("sample", "reconstruction"))
         blocks.append([(run.label, images_of(run, run.arrays["samples"][:n])),
-                       (f"nearest, median distance {far:.1f}\n(of reconstructions {usual:.1f})",
+                       (f"nearest, median distance of {n}: {far:.1f}\n(of reconstructions {usual:.1f})",
                         images_of(run, run.arrays["neighbours"]))])
     return image_grid(blocks, "Samples above the training images nearest to them (Euclidean distance "
                       "of grey values; for comparison, of reconstructed test images)", runs)
@@ -326,7 +326,7 @@ def draw_active_units(runs):
     right.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
               xlabel=f"KL ({NATS})", title="KL per layer")
     right.invert_yaxis()
-    right.margins(x=0.45)      # room for the numbers
+    right.margins(x=0.5)       # room for the numbers
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 import page
-import plot
-from records import (ORDER, data_lines, find_models, find_seeds, latent_columns, latent_notes, minutes,
-                     over_seeds, read_metrics, read_runs, read_seeds, reading, results, seed_columns,
-                     stat, stats, units_line)
+from records import (ORDER, data_lines, distinct_labels, find_models, find_seeds, latent_columns,
+                     latent_notes, minutes, over_seeds, read_metrics, read_runs, read_seeds, reading,
+                     results, seed_columns, stat, stats, units, units_line)
 
 # Published test NLL with dynamic binarisation, S = 5,000: Tomczak & Welling (2018), Table 1; Norouzi,
 # Fleet & Norouzi (2020, arXiv:2004.04795).
@@ -68,7 +67,8 @@ def tabled(runs):
 
 
 def full_tables(runs, record=False):
-    """Markdown: results (of a record, more), what they rest on, and what the latents carry."""
+    """Markdown: results (of a record, more), what they rest on, and what the latents carry. RESULTS.md
+    has many, and explains the latents' columns once."""
     columns, lines, metrics = tabled(runs)
     latents = [columns[0], *latent_columns(metrics)]
     if record:
@@ -77,7 +77,8 @@ def full_tables(runs, record=False):
                     ("Epochs", [", ".join({f"{m['epochs']:,}": 0 for m in seeds}) for seeds in each]),
                     ("Training, minutes", [", ".join(map(minutes, seeds)) for seeds in each])]
     notes = "\n".join(f"- {line}" for line in lines)
-    return "\n\n".join([table(columns), notes, table(latents), latent_notes(metrics)])
+    parts = [table(columns), notes, table(latents)]
+    return "\n\n".join(parts if record else [*parts, latent_notes(metrics)])
 
 
 def results_block(runs, seeds):
@@ -173,26 +174,29 @@ def time_block(runs, seeds):
     return f"{text} On two cores without bfloat16, by the pace of `make paper` in float32, about {spent}."
 
 
-def plane_block(metrics):
-    """A line of Markdown: the ELBOs of the models with two latents."""
-    elbos = ", ".join(f"{m['label']} {stat(m, 'elbo')}" for m in metrics)
-    return f"Test ELBO after {metrics[0]['epochs']} epochs, one seed: {elbos} nats per image."
+def line_block(runs, title, text):
+    """A line of Markdown: text(metrics) of each of the runs {folder name: metrics}, and the title with
+    what they share."""
+    each = [f"{label} {text(m)}" for label, m in zip(distinct_labels([*runs.items()]), runs.values())]
+    return f"{title.format(**next(iter(runs.values())))}: {', '.join(each)}." if runs else ""
 
 
 def blocks(assets):
     """{name: Markdown} of every block; "" where nothing is recorded under `assets`."""
     found = {name: read_seeds(assets / name) if any((assets / name).rglob("metrics.json")) else [{}]
              for name in RECORDS}
-    runs, plane, seeds = found["runs"][0], found["plane"][0], found["paper"]
-    bench = assets / "bench.json"
+    runs, seeds, bench = found["runs"][0], found["paper"], assets / "bench.json"
     texts = {name: full_tables(part, record=True) if part[0] else "" for name, part in found.items()}
     texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
+    for name, title, text in (
+            ("plane", "Test ELBO after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
+            ("runs-5000", "NLL at S = {samples:,}", lambda m: stat(m, "nll")),
+            ("decay", "Active units after {epochs} epochs", units)):
+        texts[name] = line_block(found[name][0], title, text)
     return texts | {
         "time": time_block(runs, seeds) if runs else "",
         "results": results_block(runs, seeds) if runs or seeds[0] else "",
-        "plane": plane_block([*plane.values()]) if plane else "",
-        "collapse": "\n".join(f"- {line}" for line in plot.collapse_message(
-            [*runs.values()]).splitlines()),
+        "latents": latent_notes([*runs.values()]),
         "cost": cost_block(runs["vamp"]) if "vamp" in runs else "",
         "speed": speed_block(bench) if bench.exists() else ""}
 
