@@ -189,8 +189,8 @@ def blocks(assets):
     texts = {name: full_tables(part, record=True) if part[0] else "" for name, part in found.items()}
     texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
     for name, title, text in (
-            ("plane", "Test ELBO after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
-            ("runs-5000", "NLL at S = {samples:,}", lambda m: stat(m, "nll")),
+            ("plane", "Test ELBO in nats after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
+            ("runs-5000", "NLL in nats at S = {samples:,}", lambda m: stat(m, "nll")),
             ("decay", "Active units after {epochs} epochs", units)):
         texts[name] = line_block(found[name][0], title, text)
     return texts | {

@@ -71,9 +71,9 @@ def test_every_column_comes_from_its_source(assets):
         "VAE + VampPrior | z 3 of 7 | - | - | 24.0 of 30 (80%)",
         "HVAE + VampPrior | z1 1 of 7, z2 0 of 7 | 9.00 | 18.00 | 24.0 of 30 (80%)"]
     assert rows(blocks["paper"])[1].split(" | ")[4] == "85.00"
-    assert blocks["plane"] == ("Test ELBO after 12 epochs, one seed: VAE + standard prior -98.00 ± "
+    assert blocks["plane"] == ("Test ELBO in nats after 12 epochs, one seed: VAE + standard prior -98.00 ± "
                                "0.30.")
-    assert blocks["runs-5000"] == "NLL at S = 5,000: VAE + standard prior 82.00 ± 0.08."
+    assert blocks["runs-5000"] == "NLL in nats at S = 5,000: VAE + standard prior 82.00 ± 0.08."
     assert blocks["decay"] == "" and "perplexity" in blocks["latents"]
     assert blocks["recipe"].splitlines()[4:] == ["| base | -87.30 ± 0.10 | 3 | 60 | yes |"]
     assert blocks["recipe-more"].splitlines()[0] == "Validation, recipe-more."
