@@ -263,6 +263,11 @@ def test_claims_of_the_recorded_runs():
     for log in sum(logs.values(), []):      # "about two nats or more"
         assert max(float(row["val_recon"]) for row in log[:30]) > float(log[-1]["val_recon"])
         assert float(log[-1]["train_elbo"]) - float(log[-1]["val_elbo"]) > 1.9
+    fits = json.loads((HERE / "assets/overfitting.json").read_text())["rows"]
+    assert fits.keys() == found.keys()
+    for key, low, high in ("elbo", 2.45, 2.95), ("log_px", 2.05, 2.65):
+        assert all(low < fit["training"][key]["mean"] - fit["validation"][key]["mean"] < high
+                   for fit in fits.values())
     tries = json.loads((HERE / "assets/recipe.json").read_text())["rows"]
     assert leaps == [[1, 0, 2], [3, 29, 21]]
     assert [row["leaps"] for row in tries if "leaps" in row] == [0, 0]
