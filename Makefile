@@ -170,13 +170,13 @@ bench: $(ENV)  ## times each piece against its plain form, into assets/bench.jso
 
 record:  ## copies the records of RUN to assets/, with TO=paper the last seed's figures too, and renews the tables
 	@test -f $(RUN)/comparison.md || { echo "error: RUN=$(RUN) holds no finished run" >&2; exit 2; }
-	@cd assets/$(TO) 2>/dev/null || exit 0; if [ -d seed0 -a -f $(abspath $(RUN))/report.html ] || \
-	  [ ! -d seed0 -a ! -f $(abspath $(RUN))/report.html ]; then \
-	  echo "error: of $(RUN) and assets/$(TO) one holds seeds, the other not: give another TO" >&2; exit 2; fi
-	@cd assets/$(TO) 2>/dev/null || exit 0; for f in */metrics.json; do test ! -f $$f -o -f $(abspath $(RUN))/$$f || { \
+	@cd assets/$(TO) 2>/dev/null || exit 0; here=$(abspath $(RUN)); \
+	  if [ -d seed0 -a -f $$here/report.html -o ! -d seed0 -a ! -f $$here/report.html ]; then \
+	  echo "error: of $(RUN) and assets/$(TO) one holds seeds, the other not: give another TO" >&2; exit 2; fi; \
+	  for f in */metrics.json; do test ! -f $$f -o -f $$here/$$f || { \
 	  echo "error: $(RUN) has no $${f%/*}, assets/$(TO) has: the two would mix" >&2; exit 2; }; done
-	@set -e; if [ $(TO) = paper ]; then cd $(lastword $(sort $(wildcard $(RUN)/seed*))); \
-	  for f in *.png {vamp,hvamp}/pseudo_inputs.png; do cp $$f $(CURDIR)/assets/$${f/\//-}; done; fi
+	@set -e; for s in $(if $(filter paper,$(TO)),$(lastword $(sort $(wildcard $(RUN)/seed*)))); do cd $$s; \
+	  for f in $$(ls *.png {vamp,hvamp}/pseudo_inputs.png 2>/dev/null); do cp $$f $(CURDIR)/assets/$${f/\//-}; done; done
 	@if [ $(TO) = plane ]; then cp $(RUN)/latents.png assets/plane.png; fi
 	@for f in $(if $(filter grey fashion,$(TO)),samples comparison vamp/pseudo_inputs); do \
 	  cp $(RUN)/$$f.png assets/$(TO)-$$(basename $$f).png; done

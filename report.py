@@ -31,6 +31,12 @@ PUBLISHED = {
 RECORDS = "runs runs-5000 fast paper plane pseudo-inputs decay grey small fashion".split()     # under assets/
 
 
+# those of which one line says all: its title, and what it says of each model's metrics
+LINES = {"plane": ("Test ELBO in nats after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
+         "runs-5000": ("NLL in nats at S = {samples:,}", lambda m: stat(m, "nll")),
+         "decay": ("Active units after {epochs} epochs", units)}
+
+
 def table(columns):
     """A Markdown table of (title, cells) pairs, first column to the left, others to the right."""
     titles, cells = zip(*columns)
@@ -186,17 +192,14 @@ def blocks(assets):
     found = {name: read_seeds(assets / name) if any((assets / name).rglob("metrics.json")) else [{}]
              for name in RECORDS}
     runs, seeds, bench = found["runs"][0], found["paper"], assets / "bench.json"
-    texts = {name: full_tables(part, record=True) if part[0] else "" for name, part in found.items()}
-    texts |= {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
-    for name, title, text in (
-            ("plane", "Test ELBO in nats after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
-            ("runs-5000", "NLL in nats at S = {samples:,}", lambda m: stat(m, "nll")),
-            ("decay", "Active units after {epochs} epochs", units)):
-        texts[name] = line_block(found[name][0], title, text)
+    texts = {path.stem: recipe_block(path) for path in assets.glob("recipe*.json")}
+    for name, part in found.items():
+        texts[name] = (line_block(part[0], *LINES[name]) if name in LINES else
+                       full_tables(part, record=True) if part[0] else "")
     return texts | {
         "time": time_block(runs, seeds) if runs else "",
         "results": results_block(runs, seeds) if runs or seeds[0] else "",
-        "latents": latent_notes([*runs.values()]),
+        "latents": latent_notes([*runs.values()]) if runs else "",
         "cost": cost_block(runs["vamp"]) if "vamp" in runs else "",
         "speed": speed_block(bench) if bench.exists() else ""}
 
