@@ -228,7 +228,13 @@ def expected(error):
 
 
 def fail(text):
-    """Says an error on stderr, over the progress that may stand there."""
+    """Says what ends this process, on stderr, over the progress that may stand there.
+
+    A signal has nothing more to end: raised while Python tidies up, it would leave a traceback.
+    """
+    for number in _STOPS:
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
     print("\r\x1b[K" * sys.stderr.isatty() + f"error: {text}", file=sys.stderr, flush=True)
 
 
@@ -284,10 +290,15 @@ def catch_signals():
 
     Scripts call it before they import torch, which takes seconds.
     """
-    def stop(number, frame):
-        raise Stopped(128 + number)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
+    for number in _STOPS:
+        signal.signal(number, _stop)
+
+
+_STOPS = signal.SIGINT, signal.SIGTERM
+
+
+def _stop(number, frame):
+    raise Stopped(128 + number)
 
 
 class Line:

@@ -194,6 +194,25 @@ def test_a_wrong_flag_is_one_line_and_ctrl_c_ends_any_script_at_once(script):
     assert "Traceback" not in process.communicate()[1] and process.returncode == 130
 
 
+def test_a_signal_after_the_error_adds_no_traceback():
+    """torchrun sends SIGTERM to processes that are just ending, too."""
+    code = """if True:
+        import os, signal, files
+        files.catch_signals()
+        class Late:
+            def __del__(self):
+                os.kill(os.getpid(), signal.SIGTERM)
+                sum(range(9))       # the handler runs between two instructions
+        @files.command
+        def main(argv):
+            late = Late()
+            raise ValueError("this")
+        raise SystemExit(main())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    assert (done.returncode, done.stderr) == (2, "error: this\n")
+
+
 def test_models_side_by_side_keep_to_their_own_line(monkeypatch):
     monkeypatch.setenv("ROWS", "vae vamp")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
