@@ -25,6 +25,8 @@ TRAIN_FLAGS ?=
 EVAL_FLAGS  ?=
 TO        ?= runs
 # a variable as it was given, or else a target's own value
+# the newest run, unless it was called by this name
+link       = $(if $(filter-out latest,$(notdir $1)),ln -sfn $(notdir $1) $(dir $1)latest,:)
 given      = $(if $(filter file,$(origin $1)),$2,$($1))
 ifneq ($(shell [ "$(PROCS)" -gt 0 ] 2>&1 && echo good),good)
 $(error PROCS="$(PROCS)" must be a whole number from 1 on)
@@ -38,7 +40,7 @@ JOBS      ?= $(shell m=$(words $(MODELS)); echo $$(( m < $(SHARE) ? m : $(SHARE)
 ALONE     := $(if $(filter undefined,$(origin OMP_NUM_THREADS)),env -u OMP_NUM_THREADS)
 OMP_NUM_THREADS ?= $(shell t=$$(( $(SHARE) / $(JOBS) )); echo $$(( t > 0 ? t : 1 )))
 # of PROCS processes, each model's training and evaluation
-TOGETHER  := $(PYTHON)$(if $(filter-out 1,$(PROCS)), -m torch.distributed.run --standalone --nproc-per-node $(PROCS))
+TOGETHER  := $(PYTHON)$(if $(filter-out 1,$(PROCS)), -m torch.distributed.run --standalone --local-addr localhost --nproc-per-node $(PROCS))
 
 ifneq ($(words $(RUN)),1)
 $(error RUN="$(RUN)" must be one folder without spaces)
@@ -90,7 +92,7 @@ all: $(ENV)  ## environment, data, then MODELS trained, evaluated, drawn and com
 	@if [ -t 2 ]; then printf '%s: waiting\n' $(MODELS) >&2; fi
 	@ROWS="$(MODELS)" $(MAKE) -j$(JOBS) run
 	@$(PYTHON) plot.py $(RUN)
-	@ln -sfn $(notdir $(RUN)) $(dir $(RUN))latest
+	@$(call link,$(RUN))
 	@$(PYTHON) report.py $(RUN)
 
 $(KNOWN): $(ENV)
@@ -99,7 +101,7 @@ $(KNOWN): $(ENV)
 quick: $(ENV)  ## the same chain in about two minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-quick) RECIPE=quick SAMPLES=20 EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
 
-plane: $(ENV)  ## the picture at the head of the README: three priors of two latents, in about eight minutes
+plane: $(ENV)  ## the picture at the head of the README: three priors of two latents, in about 20 minutes
 	@$(MAKE) all RUN=$(RUN)$(if $(NEW_RUN),-plane) MODELS="$(call given,MODELS,vae mog vamp)" EPOCHS=$(or $(EPOCHS),120) \
 	  TRAIN_FLAGS="--z-dim 2 $(TRAIN_FLAGS)"
 
@@ -110,7 +112,7 @@ paper: $(ENV)  ## the full protocol, hours: four models, three seeds, longer tra
 	  "$(PAPER)/seed0, or give another RUN" >&2; exit 2; fi
 	@set -e; for s in $(SEEDS); do $(ALONE) $(MAKE) all RUN=$(PAPER)/seed$$s SEED=$$s RECIPE=long \
 	  SAMPLES=$(call given,SAMPLES,5000) MODELS="$(call given,MODELS,vae vamp hvae hvamp)"; done
-	@rm -f $(PAPER)/latest; ln -sfn $(notdir $(PAPER)) $(dir $(PAPER))latest
+	@rm -f $(PAPER)/latest; $(call link,$(PAPER))
 	@$(PYTHON) report.py $(PAPER)
 
 # What the targets above chain. Real files, so that RUN=... makes only what is missing; code is no
@@ -122,8 +124,9 @@ run: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(MODELS)) $(filter-out h% vae
 # other numbers are computed anew.
 $(RUN)/trained-by: FORCE
 	@mkdir -p $(@D)
-	@if [ ! -f $@ ]; then echo "$$TRAINED_BY" > $@; elif [ "$$(cat $@)" != "$$TRAINED_BY" ]; then echo "error:" \
-	  "$(RUN) was made with $$(cat $@), not with $$TRAINED_BY; call it as then, or give another RUN" >&2; exit 2; fi
+	@if [ "$$(cat $@ 2>/dev/null)" = "$$TRAINED_BY" ]; then :; elif ls $(@D)/*/config.json >/dev/null 2>&1 && [ -f $@ ]; \
+	  then echo "error: $(RUN) was made with $$(cat $@), not with $$TRAINED_BY; call it as then, or give" \
+	  "another RUN" >&2; exit 2; else rm -f $(@D)/dataset; echo "$$TRAINED_BY" > $@; fi
 
 $(RUN)/evaluated-by: FORCE
 	@if [ "$$(cat $@ 2>/dev/null)" != "$$EVALUATED_BY" ]; then echo "$$EVALUATED_BY" > $@; fi
@@ -190,11 +193,15 @@ record:  ## copies the records of RUN to assets/, with TO=paper the last seed's 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/
 	@$(PYTHON) report.py --docs README.md RESULTS.md --assets assets
 
+# a process a file, at most; the figures' fonts are looked up once, also where the home folder is read-only
+PYTEST = PYTHONUTF8=1 OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" MPLCONFIGDIR="$${MPLCONFIGDIR:-$(CURDIR)/.pytest_cache}" \
+  $(PYTHON) -m pytest -q -n $(CORES) --maxprocesses $(words $(wildcard test_*.py)) --dist loadfile
+
 test: $(ENV)  ## the tests, in a few minutes
-	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile -k "not slow"
+	$(PYTEST) -k "not slow"
 
 test-all: $(ENV)  ## the long ones too: kills, load
-	OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile
+	$(PYTEST)
 
 clean:  ## caches and quick runs; results/ and data/ stay
 	rm -rf __pycache__ .pytest_cache results/*-quick

@@ -1,11 +1,11 @@
 """Times each piece beside the plain form, as the field writes it, in one run.
 
-    python bench.py --out bench.json                     # five to ten minutes on two cores
+    python bench.py --out bench.json                     # about ten minutes on two cores
     python bench.py --sections step likelihood           # parts of it, printed only
 
 Both forms share weights and take turns, after a warm-up, on random images. Medians; the ratio's
 range is that of neighbouring repeats. The bound is the time that the matrix products of our form
-would take at the rate of a large product of the same precision, float32 if none is named. "growth"
+would take at the rate of a large product in float32, or in bfloat16 where that is named. "growth"
 compares ours with ours; "processes" two processes of one thread with one of two.
 """
 import files
@@ -369,10 +369,12 @@ def processes(quick):
         for _ in range(1 if quick else 3):
             for count, threads in kinds:        # in turn
                 words = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                         f"--nproc-per-node={count}", __file__, "--steps", str(B), str(K), str(n)]
+                         "--local-addr=localhost", f"--nproc-per-node={count}", __file__, "--steps",
+                         str(B), str(K), str(n)]
                 done = subprocess.run(words, check=True, capture_output=True,
                                       env=os.environ | {"OMP_NUM_THREADS": str(threads)})
-                for name, times in json.loads(done.stdout).items():
+                # the last line: some versions of gloo print, too
+                for name, times in json.loads(done.stdout.splitlines()[-1]).items():
                     found[count, threads][name] += times
         plain, two, one = (found[kind] for kind in kinds)
         passes, talk = median(two["passes"]), median(two["talk"])

@@ -142,8 +142,7 @@ def read_idx(path, shape):
 @contextlib.contextmanager
 def fetched(command, data_dir, timeout):
     """A folder that Python's `command` filled, while `with` lasts. OSError when that fails."""
-    files.remove_leftovers(data_dir, ".download.")
-    folder = os.path.join(data_dir, f".download.{os.getpid()}.tmp")
+    folder = files.temporary(data_dir, "download")
     shutil.rmtree(folder, ignore_errors=True)   # in a container, a killed process had our number
     try:
         done = subprocess.run([sys.executable, *command, folder], capture_output=True,
@@ -359,7 +358,7 @@ def load(name="mnist", data_dir="data", binarize="dynamic", split_seed=777, stri
 
     `split_seed` orders mnist5k and users' arrays before they are split, and draws a static training
     set. Unless `strict`, mnist5k replaces an mnist that cannot be downloaded; damaged files always
-    stop. ValueError for bad input, OSError for what is missing.
+    stop. ValueError for bad input and missing colour files, OSError for what else is missing.
     """
     name, data_dir = os.fspath(name), os.fspath(data_dir)
     if binarize not in BINARIZE:

@@ -1,8 +1,9 @@
 """What every script needs: atomic writes, sealed checkpoints, one line for an expected error.
 
-Trust: a stranger may hand you a checkpoint or a data array. Neither runs code, takes more memory than
-its file holds, or passes when damaged: checkpoints are checked here, arrays in data.py. A run's own
-json, csv and npz get a clear line when they are damaged or of another run, and no more defence.
+Trust: a stranger may hand you a checkpoint or a data array; neither runs code. A checkpoint that is
+damaged, or would take more memory than its file holds, is refused here. data.py refuses arrays that
+do not fit in memory and damaged .npz; an .npy has no checksum, so its header and length alone. A run's
+own json, csv and npz get a clear line when they are damaged or of another run, and no more defence.
 
 Importing this does not import torch.
 """
@@ -33,17 +34,16 @@ def write_atomic(path, data):
     """
     path = os.path.abspath(path)
     folder, name = os.path.split(path)
-    remove_leftovers(folder, f".{name}.")
-    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    new = temporary(folder, name)
     try:
-        with open(temporary, "wb") as file:
+        with open(new, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(new, path)
     except BaseException:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        if os.path.exists(new):
+            os.unlink(new)
         raise
     handle = os.open(folder, os.O_RDONLY)       # the new name, too, must survive a power cut
     try:
@@ -52,19 +52,22 @@ def write_atomic(path, data):
         os.close(handle)
 
 
-def remove_leftovers(folder, prefix):
-    """Removes `prefix`<process>.tmp, file or folder, of processes that have ended."""
-    for name in os.listdir(folder):
-        process = name[len(prefix):-len(".tmp")]
-        if name.startswith(prefix) and name.endswith(".tmp") and process.isdigit():
+def temporary(folder, name):
+    """This process's own path in `folder` for a file or folder that will be `name`. Those that ended
+    processes left are removed: of this machine alone, which others may share the folder with."""
+    prefix = f".{name}.{os.uname().nodename}."
+    for other in os.listdir(folder):
+        process = other[len(prefix):-len(".tmp")]
+        if other.startswith(prefix) and other.endswith(".tmp") and process.isdigit():
             try:
                 os.kill(int(process), 0)        # asks only: is it alive?
             except ProcessLookupError:
-                path = os.path.join(folder, name)
-                with contextlib.suppress(FileNotFoundError):    # another process was quicker
+                path = os.path.join(folder, other)
+                with contextlib.suppress(OSError):      # another process was quicker, or has the right
                     shutil.rmtree(path) if os.path.isdir(path) else os.unlink(path)
-            except PermissionError:             # alive, and another user's
+            except (PermissionError, OverflowError):    # alive, and another user's; no process's number
                 pass
+    return os.path.join(folder, f"{prefix}{os.getpid()}.tmp")
 
 
 def read_json(path, keys=()):
@@ -211,6 +214,7 @@ def command(main):
     """main(argv) as a command: returns an exit code, after one line for an expected error."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        _handle(_exit, _stop)
         try:
             return main(argv) or 0
         except Exception as error:
@@ -232,15 +236,18 @@ def fail(text):
 
     A signal has nothing more to end: raised while Python tidies up, it would leave a traceback.
     """
-    for number in _STOPS:
-        if signal.getsignal(number) is _stop:
-            signal.signal(number, signal.SIG_IGN)
+    _handle(_stop, signal.SIG_IGN)
     print("\r\x1b[K" * sys.stderr.isatty() + f"error: {text}", file=sys.stderr, flush=True)
+
+
+def launched():
+    """Whether torchrun, or whoever sets its variables, started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def speaks():
     """Whether this process speaks for all that torchrun started: the first, or the only one."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not launched() or int(os.environ.get("RANK", 0)) == 0
 
 
 def step_back(code):
@@ -286,19 +293,31 @@ class Stopped(SystemExit):
 
 
 def catch_signals():
-    """From now on Ctrl-C and SIGTERM raise Stopped, which unwinds and ends without a traceback.
+    """From now on Ctrl-C and SIGTERM end the process without a traceback: at once while it imports, for
+    an exception may be lost there; by raising Stopped, which unwinds, as soon as a `command` runs.
 
     Scripts call it before they import torch, which takes seconds.
     """
     for number in _STOPS:
-        signal.signal(number, _stop)
+        signal.signal(number, _exit)
 
 
 _STOPS = signal.SIGINT, signal.SIGTERM
 
 
+def _exit(number, frame):
+    os._exit(128 + number)
+
+
 def _stop(number, frame):
     raise Stopped(128 + number)
+
+
+def _handle(old, new):
+    """Signals that `old` handles are handled by `new`."""
+    for number in _STOPS:
+        if signal.getsignal(number) is old:
+            signal.signal(number, new)
 
 
 class Line:

@@ -20,11 +20,6 @@ WAIT = 60           # seconds in which all processes must have come
 _rank, _size = 0, 1
 
 
-def launched():
-    """Whether torchrun, or whoever sets its variables, started this process."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("WORLD_SIZE", 1)) > 1
-
-
 def restarted():
     """Whether torchrun started all processes anew after one had failed (--max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0

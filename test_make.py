@@ -21,7 +21,9 @@ from test_evaluate import evaluated
 from test_train import TINY, assert_same_run, digits, rows, wait_for, whole     # noqa: F401
 
 HERE = Path(__file__).parent
-ENV = {"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1"}    # without what a make above exports
+# without what a make above exports
+ENV = {name: value for name, value in os.environ.items()
+       if name in ("PATH", "HOME", "TMPDIR", "MPLCONFIGDIR", "LD_LIBRARY_PATH")} | {"OMP_NUM_THREADS": "1"}
 
 
 def command(target, folder, digits, *more):
@@ -112,7 +114,7 @@ def test_make_refuses_a_folder_made_with_other_settings(made, digits, change):
 def test_slow_make_interrupted_leaves_no_half_target(digits, tmp_path):
     """Ctrl-C goes to make and all it runs; the same command goes on and ends with the same run."""
     def start(folder):
-        return subprocess.Popen(command("all", folder, digits, "MODELS=vamp", "EPOCHS=40"), text=True,
+        return subprocess.Popen(command("all", folder, digits, "MODELS=vamp", "EPOCHS=200"), text=True,
                                 stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=ENV,
                                 cwd=HERE, start_new_session=True)
     folder = tmp_path / "often"
@@ -172,13 +174,34 @@ def test_make_shares_out_each_model_among_processes():
     one, two = (plan("all", f"PROCS={count}", "JOBS=1").stdout for count in (1, 2))
     for script in ("train", "evaluate"):
         assert f"python3 {script}.py" in one
-        assert f"-m torch.distributed.run --standalone --nproc-per-node 2 {script}.py" in two
+        assert f" --standalone --local-addr localhost --nproc-per-node 2 {script}.py" in two
     names = ["-f", "Makefile", "-f", "-", "named", "CORES=8"]
-    found = [subprocess.run(["make", *names, *words], cwd=HERE, env={"PATH": os.environ["PATH"]}, text=True,
+    found = [subprocess.run(["make", *names, *words], cwd=HERE, env={"PATH": ENV["PATH"]}, text=True,
                             input="named:\n\t@echo $(JOBS) $(OMP_NUM_THREADS) $(TRAINED_BY)",
                             capture_output=True).stdout.split() for words in ((), ("PROCS=4",))]
     assert [words[:2] for words in found] == [["3", "2"], ["2", "1"]]
     assert found[1] == ["2", "1", *found[0][2:]]        # a run goes on with another number
+
+
+def test_a_folder_belongs_to_the_settings_that_made_something_in_it(tmp_path):
+    def claim(dataset):
+        return subprocess.run(["make", f"{tmp_path}/trained-by", f"RUN={tmp_path}", f"DATASET={dataset}"],
+                              cwd=HERE, env=ENV, capture_output=True, text=True)
+    for dataset in "digit.npz", "digits.npz":       # of a typing error nothing came
+        assert claim(dataset).returncode == 0 and not (tmp_path / "dataset").exists()
+        assert f"DATASET={dataset} " in (tmp_path / "trained-by").read_text()
+        (tmp_path / "dataset").write_text(dataset)
+    assert claim("digits.npz").returncode == 0 and (tmp_path / "dataset").read_text() == "digits.npz"
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text("{}")
+    assert claim("digit.npz").returncode == 2 and (tmp_path / "dataset").exists()
+    assert claim("digits.npz").returncode == 0
+
+
+def test_the_newest_run_may_be_called_by_this_name():
+    for target in "all", "paper":
+        assert "ln -sfn" in plan(target, "RUN=results/x").stdout
+        assert "ln -sfn latest" not in plan(target, "RUN=results/latest").stdout
 
 
 @pytest.mark.parametrize("words, said", [(["all", "MODELS=vqvae"], "vqvae"),

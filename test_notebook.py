@@ -109,7 +109,8 @@ def folder(tmp_path):
 
 def make(target, folder, *more, **env):
     return subprocess.run(["make", "-C", folder, target, f"PYTHON={sys.executable}", *more],
-                          env={"PATH": os.environ["PATH"], **env}, capture_output=True, text=True)
+                          env={"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **env},
+                          capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("target, package, run", [

@@ -37,7 +37,7 @@ def assets(tmp_path_factory):
         fake_run(folder / run, recon=stat(-60 - i, 0.1), kl=stat(20 + i, 0.2), **layers,
                  elbo=stat(-80 - 2 * i, 0.3), nll=stat(90 - i, 0.01 * i), train_seconds=600.0 * i,
                  parameters=1000,
-                 **({"samples": 500, "trained_in": "bfloat16"} if i < 4 else {"samples": 5000}),
+                 samples=500 if i < 4 else 5000, trained_in="bfloat16" if i < 4 else "float32",
                  active_units={"z1": i, "z2": i - 1} if layers else {"z": i})
     (folder / "bench.json").write_text(json.dumps(
         {"machine": {"cpu": "CPU"}, "torch": "2.14", "threads": 2,
@@ -71,7 +71,7 @@ def test_every_column_comes_from_its_source(assets):
         "VAE + VampPrior | z 3 of 7 | - | - | 24.0 of 30 (80%)",
         "HVAE + VampPrior | z1 1 of 7, z2 0 of 7 | 9.00 | 18.00 | 24.0 of 30 (80%)"]
     assert rows(blocks["paper"])[1].split(" | ")[4] == "85.00"
-    assert blocks["plane"] == ("Test ELBO in nats after 12 epochs, one seed: VAE + standard prior -98.00 ± "
+    assert blocks["plane"] == ("Test ELBO in nats after 12 epochs in float32, one seed: VAE + standard prior -98.00 ± "
                                "0.30.")
     assert blocks["runs-5000"] == "NLL in nats at S = 5,000: VAE + standard prior 82.00 ± 0.08."
     assert blocks["decay"] == "" and "perplexity" in blocks["latents"]

@@ -52,7 +52,7 @@ class Diverged(Exception):
 # What these flags are when they are not given. Data sets of fewer than SMALL training images take
 # the second line: few images make few batches, and overfit soon. Fewer than TINY take the third, of
 # more epochs, as theirs have few steps. Fashion-MNIST in black and white has a line of its own: with the
-# first line's rate some of its images blow up the HVAE now and then.
+# first line's rate the HVAE blew up on it now and then.
 RECIPE_FLAGS = "epochs batch_size lr warmup ema weight_decay pseudo_inputs".split()
 FEW = {"small": (40, 100, 3e-3, 10, 0.998, 0.5, 500), "tiny": (100, 100, 3e-3, 10, 0.998, 0.5, 500)}
 RECIPES = {
@@ -85,8 +85,9 @@ def parse_args(argv=None):
     group.add_argument("--z-dim", type=count, default=40, help="size of each latent layer")
     group = p.add_argument_group("optimisation")
     group.add_argument("--recipe", choices=RECIPES, default="default",
-                       help="values of the flags that are not given; each has its own for fashion, for "
-                            f"data sets of fewer than {SMALL:,} and of fewer than {TINY:,} training images")
+                       help="values of the flags that are not given; other ones for fewer than "
+                            f"{SMALL:,} or {TINY:,} training images and, in default and long, for "
+                            "Fashion-MNIST in black and white")
 
     def by_recipe(flag, kind, text, **more):
         column = RECIPE_FLAGS.index(flag[2:].replace("-", "_"))
@@ -106,7 +107,7 @@ def parse_args(argv=None):
     by_recipe("--weight-decay", size, "a step shrinks weight matrices by lr x W (AdamW); not biases, "
               "not pseudo-inputs", metavar="W")
     group.add_argument("--schedule", choices=("linear", "cosine", "constant"), default="linear",
-                       help="course of the learning rate to 0, after one epoch of rising")
+                       help="course of the learning rate after an epoch of rising: falling to 0, or constant")
     group.add_argument("--full-gradient", action="store_true",
                        help="keep the encoder's score, of mean zero, in the KL's gradient")
     group.add_argument("--clip", type=size, default=50.0, help="largest gradient norm; 0: any")
@@ -125,7 +126,7 @@ def parse_args(argv=None):
     group.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out if it is there, else start")
     args = p.parse_args(argv)
-    if parallel.launched() and not args.out:
+    if files.launched() and not args.out:
         p.error("processes that torchrun starts need --out, the run folder that they share")
     if args.resume and not args.out:
         p.error("--resume needs --out, the run folder to go on with")
@@ -189,7 +190,9 @@ def has_bfloat16(device):
 def pick_precision(name, device, out):
     """One of PRECISIONS: for auto that of the run in the folder `out`, else the hardware's."""
     if name == "auto" and (out / "config.json").exists():
-        name = files.read_json(out / "config.json", ["args"])["args"].get("precision", "float32")
+        args = files.read_json(out / "config.json", ["args"])["args"]
+        if isinstance(args, dict):      # else compare_settings will say that it is damaged
+            name = args.get("precision", "float32")
     return ("bfloat16" if has_bfloat16(device) else "float32") if name == "auto" else name
 
 
@@ -210,6 +213,9 @@ def open_run(out, settings, resume):
         lock.seek(0)
         raise ValueError(f"{out} is in use by {lock.read().strip() or 'another process'}; wait for "
                          "it or give another --out") from None
+    except OSError as error:        # some network file systems
+        raise ValueError(f"{out} cannot be locked ({error.strerror}); give an --out on another disk"
+                         ) from None
     lock.truncate(0)
     lock.write(f"process {os.getpid()}")
     lock.flush()
@@ -348,8 +354,8 @@ def mean_and_spread(x):
 
 
 def mean_image_elbo(data, likelihood="bernoulli"):
-    """Validation log-likelihood of independent pixels with the training images' mean and spread:
-    what no model may miss."""
+    """Validation log-likelihood of independent pixels with the training images' mean and spread.
+    A model far below it has failed."""
     parameters = constant_parameters(likelihood, *mean_and_spread(data.train))
     log_prob = LIKELIHOODS[likelihood][0]
     return sum(log_prob(datasets.pixels(part), parameters).sum().item()
@@ -392,8 +398,8 @@ def validate(model, x, seed, batch=1000):
 
 
 def move(run, args, step):
-    """Clips the gradients, steps, keeps pseudo-inputs in bounds and averages the weights; `step` were
-    made before. Returns the gradients' norm, a float; where it is not finite, nothing has moved."""
+    """Clips the gradients, steps, keeps pseudo-inputs in bounds and averages the weights; `step` is
+    how many came before. Returns the gradients' norm, a float; where it is not finite, nothing has moved."""
     parameters = list(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
     if math.isfinite(norm):
@@ -568,7 +574,7 @@ def main(argv=None):
                                                             ["--out", args.out]), "--resume"])
         if os.environ.get("ROWS"):      # make called
             again = f"the same make command and RUN={Path(args.out).parent}"
-        elif parallel.launched():
+        elif files.launched():
             again = "the same torchrun command and --resume"
         if files.speaks():
             print(f"stopped; the finished epochs are kept. Go on with: {again}", file=sys.stderr)
