@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node 2 evaluate.py RUN    # shared out, to the same numbers
 
 Reads model.pt in the run folder; writes arrays.npz (all that plot.py draws) and then metrics.json.
-All numbers are nats per image, sums are float64, standard errors are over the test images.
+Densities are in nats per image, sums are float64, standard errors are over the test images.
 """
 import files
 
@@ -154,10 +154,11 @@ def log_likelihood(model, x, S, generator=None):
 def latent_statistics(model, x, generator, draws=5):
     """What the latents hold, over the images x (N, D): (metrics, arrays) as dicts.
 
-    active_units: units whose posterior mean varies over the data by more than 0.01, per layer; z1's
-        posterior mean is taken at the mean of z2.
+    active_units: units whose posterior mean has a variance over the data above 0.01, per layer; z1's
+        is taken at the mean of z2.
     components_used: perplexity of the mean responsibility of the prior's components.
-    kl_per_dim: of the top layer against the prior's one-dimensional marginals.
+    kl_per_dim: of the top layer against the prior's one-dimensional marginals, of z1 against
+        p(z1 | z2).
     """
     top = model.layers[-1]
     parts = [datasets.pixels(part) for part in x.split(1000)]
@@ -345,8 +346,8 @@ def label(config):
 
 
 def evaluate(model, data, S, seed=0, tick=lambda: None, precision="float32"):
-    """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them; None but
-    at the first process, which computes alone what is not the likelihood."""
+    """(metrics, arrays) of a model on data.test, as metrics.json and arrays.npz hold them. Of
+    several processes all compute the likelihood, the first the rest; the others return None."""
     x, began = data.test, time.perf_counter()
     terms = importance_terms(model, x, S, torch.Generator().manual_seed(seed), tick, precision)
     if parallel.rank() > 0:

@@ -44,7 +44,8 @@ def log_bernoulli(x, logits):
     """log Bernoulli(x; sigmoid(logits)) in nats, summed over the last axis: (..., D) -> (...).
 
     x in [0, 1]; written with logits because a clamped probability has no gradient beyond its clamp.
-    Computed in float32 at least, whatever autocast made of the inputs. Not twice differentiable.
+    Computed in float32 at least, whatever autocast made of the inputs. For
+    black-and-white x not twice differentiable.
     """
     logits = _wide(logits)
     x = x.to(logits.dtype)
@@ -105,8 +106,8 @@ def log_logistic(x, mean, logscale):
 def mean_and_logscale(parameters):
     """A decoder's outputs (..., 2D) as mean in [0, 1] and log scale in [-4.5, 0], each (..., D).
 
-    The bounds are the authors'. They matter: without one, pixels that never change would make a
-    density as large as one likes.
+    The bounds are the authors'. The lower one matters: without it the density of a pixel that
+    never changes has no limit.
     """
     mean, logscale = _wide(parameters).chunk(2, dim=-1)
     return torch.sigmoid(mean), logscale.clamp(-4.5, 0.0)
@@ -313,14 +314,16 @@ class MixturePrior(_Mixture):
 class VampPrior(_Mixture):
     """Mixture of the encoder's posteriors at K learned pseudo-inputs, sum_k pi_k q(z | u_k).
 
-    encoder: any callable x -> (mu, logvar), each (K, D). It is shared with the VAE, so it is not
-    registered here: the model's state_dict holds it once. Give an nn.Module, not a lambda, if the
-    model will be copied: `copy.deepcopy` copies no function, so the copy would call this encoder.
-    nn.DataParallel is not supported: its copies would call it too.
+    encoder: any callable from n images (n, ...) to (mu, logvar), each (n, D). It may get them in
+    blocks, so no image's result may depend on the others (as BatchNorm's do in training). It is
+    shared with the VAE, so it is not registered here: the model's state_dict holds it once. Give an
+    nn.Module, not a lambda, if the model will be copied: `copy.deepcopy` copies no function, so the
+    copy would call this encoder. nn.DataParallel is not supported: its copies would call it too.
     pseudo_inputs (K, ...): first values of u, for instance training images.
     learned_weights: learn pi_k; otherwise 1/K.
     bounds: (low, high) of your data, to keep u inside: the encoder never sees a value beyond. None
-    for data without bounds. Call `project_()` after each optimiser step, or u drifts away behind one.
+    for data without bounds. Call `project_()` after each optimiser step, or u drifts beyond, unseen
+    by the encoder.
 
     More than BLOCK pseudo-inputs are encoded in blocks, and again in the backward pass: memory is
     that of one block's layers, beside u with its gradient and the (K, D) of mu and logvar.
@@ -470,7 +473,7 @@ class Config:
 
 
 class _Model(nn.Module):
-    """What both models share. A subclass has what VAE has, in as many layers as it likes."""
+    """What both models share. A subclass defines all that VAE does, for its own layers."""
 
     def __init__(self, config, pseudo_inputs=None):
         super().__init__()
@@ -507,16 +510,16 @@ class _Model(nn.Module):
 
     @torch.no_grad()
     def sample(self, n, generator=None):
-        """n images as pixel means, (n, 784), without gradients, by ancestral sampling from the prior."""
+        """n images as pixel means, (n, x_dim), without gradients, by ancestral sampling from the prior."""
         return self.generate(self.prior.sample(n, generator), generator)
 
     def reconstruct(self, x, generator=None):
-        """Pixel means (B, 784) decoded from the posteriors' means; with a generator, from draws."""
+        """Pixel means (B, x_dim) decoded from the posteriors' means; with a generator, from draws."""
         return self.mean_image(self.decode(*(z for z, _, _ in self.latents(x, generator).values())))
 
     def set_output_bias(self, mean, spread=None):
-        """Starts the decoder at the data's mean image and standard deviations, each (784,), which
-        saves the first epochs. A Bernoulli needs no `spread`."""
+        """Starts the decoder at the data's mean image and standard deviations, each (x_dim,),
+        which saves the first epochs. A Bernoulli needs no `spread`."""
         with torch.no_grad():
             self.output.bias.copy_(constant_parameters(self.config.likelihood, mean, spread))
 
@@ -551,16 +554,16 @@ class VAE(_Model):
         return {"recon": recon, "kl": kl}
 
     def decode(self, z):
-        """The pixels' parameters (..., 784 or 1568), see LIKELIHOODS, of z (..., 40)."""
+        """The pixels' parameters (..., x_dim or 2 x_dim), see LIKELIHOODS, of z (..., z_dim)."""
         return self.output(self.decoder(z))
 
     def generate(self, z, generator=None):
-        """Pixel means (n, 784) given latents z (n, 40)."""
+        """Pixel means (n, x_dim) given latents z (n, z_dim)."""
         return self.mean_image(self.decode(z))
 
     def latents(self, x, generator=None):
         """{layer: (z, q, p)}: a draw (the mean without a generator), its q = (mu, logvar), each
-        (B, 40), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
+        (B, z_dim), and p likewise where p is Gaussian: None for the top layer, whose p is the prior."""
         q = self.encode(x)
         return {"z": (_mean_or_draw(*q, generator), q, None)}
 
@@ -607,11 +610,11 @@ class HVAE(_Model):
         return {"recon": recon, "kl": kl1 + kl2, "kl1": kl1, "kl2": kl2}
 
     def decode(self, z1, z2):
-        """The pixels' parameters (..., 784 or 1568), see LIKELIHOODS, of z1 and z2 (..., 40)."""
+        """The pixels' parameters (..., x_dim or 2 x_dim), see LIKELIHOODS, of z1 and z2 (..., z_dim)."""
         return self.output(self.px_joint(self.px_z1(z1), self.px_z2(z2)))
 
     def generate(self, z2, generator=None):
-        """Pixel means (n, 784) given z2 (n, 40); z1 is drawn from p(z1 | z2)."""
+        """Pixel means (n, x_dim) given z2 (n, z_dim); z1 is drawn from p(z1 | z2)."""
         mu1, logvar1 = self.p1(z2)
         return self.mean_image(self.decode(_normal(mu1, logvar1, generator), z2))
 
@@ -632,8 +635,9 @@ PRIORS = {"standard": "standard prior", "mog": "mixture of Gaussians", "vamp": "
 
 
 def constant_parameters(likelihood, mean, spread=None):
-    """A decoder's outputs (D,) or, for grey pixels, (2D,) with this mean image (D,) and the scale
-    `spread` (D,). A logistic's standard deviation is 1.8 times its scale, near enough for a start."""
+    """A decoder's outputs (D,) or, for grey pixels, (2D,) near this mean image (D,) and scale
+    `spread` (D,), both clamped. A logistic's standard deviation is 1.8 times its scale: near enough
+    for a start."""
     logits = torch.logit(mean.clamp(0.01, 0.99))
     if likelihood == "bernoulli":
         return logits
@@ -641,8 +645,8 @@ def constant_parameters(likelihood, mean, spread=None):
 
 
 def build(config, pseudo_inputs=None):
-    """A new model for a Config, or for the dict of one; pseudo_inputs (K, 784) are the VampPrior's
-    first values. ValueError when the Config is not sound."""
+    """A new model for a Config, or for the dict of one; pseudo_inputs (K, x_dim) are the VampPrior's
+    first values. ValueError when the Config is not sound, TypeError when a field is unknown."""
     config = Config(**config) if isinstance(config, dict) else config
     return MODELS[config.model](config, pseudo_inputs)
 

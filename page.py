@@ -12,8 +12,8 @@ from records import (BETTER, PARTS, data_lines, latent_columns, latent_notes, me
                      samples_of, stat, units, units_line, used)
 
 # ------------------------------------------------------------------------ what the numbers say
-# Every claim below is of this run, and of one model over another only beyond two standard errors of
-# the difference image by image: all models see the same test images.
+# Every claim below is of this run. `lead` ranks models only beyond two standard errors of the
+# difference image by image: all models see the same test images. Counts of units have no error.
 
 
 def comparable(runs):
@@ -153,8 +153,8 @@ OF_MODEL = {
     "latent": ("Latent space", "Points are posterior means of test images.",
                lambda run: latent([run])),
     "likelihood": ("Log-likelihoods of the test images", "", spread),
-    "kl": ("KL per latent dimension", "Measured against the prior's one-dimensional marginals; "
-           "under a mixture these do not add up to the KL.", lambda run: ""),
+    "kl": ("KL per latent dimension", "Of the top layer against the prior's one-dimensional marginals, "
+           "which under a mixture do not add up to the KL; of z1 against p(z1 | z2).", lambda run: ""),
     "shared_z2": ("Samples that share one z2", "What differs among them comes from z1 alone.",
                   lambda run: f"KL1 is {stat(run.metrics, 'kl1')} nats, KL2 "
                   f"{stat(run.metrics, 'kl2')}.")}

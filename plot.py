@@ -41,7 +41,7 @@ def source(runs, test=True):
 
 
 def panels(rows, columns, width, height, runs, title=None, test=True):
-    """(Figure, (rows * columns,) array of axes) with the source line beneath, inches."""
+    """(Figure, (rows * columns,) array of axes), inches, with the source line beneath."""
     fig = Figure(figsize=(width, height), layout="constrained")
     fig.text(0.006, -0.012, source(runs, test), va="top", **MARGIN)   # saving widens the cut to it
     if title:
@@ -205,7 +205,7 @@ def draw_comparison(runs):
 
 
 def draw_samples(runs):
-    """Samples from the prior, as pixel probabilities, 16 in a row: 64 of one model, 32 of each."""
+    """Samples from the prior, as pixel means, 16 in a row: 64 of one model, 32 of each."""
     shown = 64 if len(runs) == 1 else 32
     return image_grid([[(run.label, pictures(run, "samples", shown, 16))] for run in runs],
                       "Samples from the prior", runs, test=False)
@@ -275,8 +275,9 @@ def draw_dynamics(runs):
 
 
 def collapse_message(metrics):
-    """A line on N(0, I) against the VampPrior per pair, then what all pairs support beyond two
-    errors: those of different images, a cautious choice, as metrics hold no image's values. Units
+    """A line on N(0, I) against the VampPrior per pair, then what all pairs support: fewer units,
+    which have no error, and KL and reconstruction beyond two errors. These are those of different
+    images, a cautious choice, as metrics hold no image's values. Units
     and KL are those of the layer that has the prior. Nothing where two models are of one kind."""
     kinds, lines, claims = {(m["model"], m["prior"]): m for m in metrics}, [], []
     if len(kinds) < len(metrics):

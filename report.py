@@ -32,7 +32,8 @@ RECORDS = "runs runs-5000 fast paper plane pseudo-inputs decay grey small fashio
 
 
 # those of which one line says all: its title, and what it says of each model's metrics
-LINES = {"plane": ("Test ELBO in nats after {epochs} epochs, one seed", lambda m: stat(m, "elbo")),
+LINES = {"plane": ("Test ELBO in nats after {epochs} epochs in {trained_in}, one seed",
+                   lambda m: stat(m, "elbo")),
          "runs-5000": ("NLL in nats at S = {samples:,}", lambda m: stat(m, "nll")),
          "decay": ("Active units after {epochs} epochs", units)}
 
@@ -248,7 +249,8 @@ def main(argv=None):
     parser.add_argument("--epochs", type=int, help="for --expect (default: as recorded)")
     parser.add_argument("--samples", type=int, help="for --expect (default: as recorded)")
     parser.add_argument("--docs", nargs="+", type=Path, metavar="FILE", help="renew their blocks")
-    parser.add_argument("--assets", type=Path, default="assets", help="records for the last four")
+    parser.add_argument("--assets", type=Path, default="assets",
+                        help="the records that --expect and --docs read")
     args = parser.parse_args(argv)
     given = [part for part in (args.run, args.expect, args.docs) if part is not None]
     if len(given) != 1:
