@@ -36,18 +36,18 @@ def lead(runs, key):
     def rivalry(run):
         a, b = (r.arrays["log_px" if key == "nll" else key].astype(float) for r in (first, run))
         return (abs(first.metrics[key]["mean"] - run.metrics[key]["mean"]),
-                2 * (a - b).std(ddof=1) / math.sqrt(len(a)))
+                (a - b).std(ddof=1) / math.sqrt(len(a)))
     first, *rest = sorted(runs, key=lambda run: run.metrics[key]["mean"],
                           reverse=BETTER[key] is max)
     # the rival that is hardest to tell from it, which with a large error need not be the next
-    rival = min(rest, key=lambda run: rivalry(run)[0] - rivalry(run)[1])
+    rival = min(rest, key=lambda run: rivalry(run)[0] - 2 * rivalry(run)[1])
     far, error = rivalry(rival)
-    if far > error:
-        return (f"{first.label} has the best test {what}, {stat(first.metrics, key)} nats, "
-                f"{far:.2f} ahead of {rival.label}: more than two standard errors of the "
-                f"difference image by image ({error:.2f}).")
-    return (f"{first.label} and {rival.label} are {far:.2f} nats apart in test {what}: within two "
-            f"standard errors of the difference image by image ({error:.2f}), so neither is ahead.")
+    rank, apart = "best" if rest[1:] else "better", f"{far:.2f} ± {error:.2f}"
+    if far > 2 * error:
+        return (f"{first.label} has the {rank} test {what}, {stat(first.metrics, key)} nats, {apart} "
+                f"ahead of {rival.label} (± standard error of the difference image by image).")
+    return (f"{first.label} and {rival.label} are {apart} nats apart in test {what} (± standard error of "
+            "the difference image by image): neither is ahead by two of these.")
 
 
 def prior_lines(runs):
@@ -80,24 +80,22 @@ def overfit(run):
 
 
 def activity(runs):
-    """How many units are active, and which models have the smallest share of theirs."""
-    shares = [sum(run.metrics["active_units"].values()) / sum(run.metrics["latent_dims"].values())
-              for run in runs]
-    fewest = [run.label for run, share in zip(runs, shares) if share == min(shares)]
-    end = f"; the smallest share: {', '.join(fewest)}" if len(fewest) < len(runs) else ""
-    return f"Active: {each(runs, lambda run: units(run.metrics))}{end}."
+    """How many units are active."""
+    return f"Active: {each(runs, lambda run: units(run.metrics))}."
 
 
 def latent(runs):
     """What stands behind the points: the prior's density if all have two latents, or its parts."""
     if all("plane_box" in run.arrays for run in runs):
         return "Behind them is the prior's log density; the images are what the plane generates."
-    return ("Rings are the prior's components, circles N(0, I). The axes say how much of the variance "
-            "they show: the rest is not seen.")
+    mixtures = ["component_mu" in run.arrays for run in runs]
+    return ("Rings mark the means of the prior's components; a ring's area is its use, not its width. "
+            * any(mixtures) + "Circles are N(0, I) at one and two standard deviations. " * (not all(mixtures))
+            + "The axes say how much of the variance they show: the rest is not seen.")
 
 
 def distance(run):
-    """How far samples, and for comparison reconstructions, lie from the training images."""
+    """How far samples, and for comparison reconstructions, lie from the nearest training image."""
     far, usual = (np.median(run.arrays[f"{name}_distance"]) for name in ("sample", "reconstruction"))
     return f"{far:.1f} beside {usual:.1f} of reconstructed test images"
 
@@ -121,18 +119,21 @@ def spread(run):
 
 COMPARED = {
     "comparison": ("Test images above their reconstructions",
-                   "Each column is one test image; a good row differs little from the first.",
+                   "Each column is one test image. The originals are one draw of black and white "
+                   "pixels, if they are binarised; the rest are pixel means, smooth for that reason.",
                    lambda runs: lead(runs, "recon")),
     "samples": ("Samples from the prior", "Drawn from the prior alone and decoded: the "
                 "pixels' means.", lambda runs: lead(runs, "nll")),
     "neighbours": ("Samples above their nearest training images", "A sample equal to the image "
-                   "below it would be a copy rather than something new.", lambda runs: "Median "
-                   f"distance to the nearest: {each(runs, distance)}."),
+                   "below it would be a copy; one far from all images may be no digit.",
+                   lambda runs: f"Median distance to the nearest: {each(runs, distance)}."),
     "latents": ("Latent spaces", "Points are posterior means of test images.", latent),
-    "walks": ("Walks between two test images in latent space", "A row is a model's way from the "
-              "image on the left to that on the right.", lambda runs: ""),
+    "walks": ("Walks between two test images in latent space", "A row is a model's straight way "
+              "from the reconstruction on the left to that on the right. Half of the way it may be where "
+              "the prior is thin, and no digit is.", lambda runs: ""),
     "dynamics": ("Validation ELBO, reconstruction and KL over the epochs", "The last twentieth of "
-                 "the epochs against that before shows whether the ELBO had settled:",
+                 "the epochs against that before (a level end does not say that a longer training would "
+                 "gain nothing: the learning rate has fallen):",
                  lambda runs: f"{each(runs, trend)}."),
     "tradeoff": ("Reconstruction against KL", "Up and to the left is better; along a grey line "
                  "the ELBO is the same.", lambda runs: lead(runs, "elbo")),
@@ -142,10 +143,12 @@ COMPARED = {
 
 OF_MODEL = {
     "pseudo_inputs": ("Pseudo-inputs above what each generates", "Most used first.", most_used),
-    "film": ("Pseudo-inputs over the epochs", "What training makes of the same pseudo-inputs.",
+    "film": ("Pseudo-inputs over the epochs", "The first of them, not the most used; in epoch 0 as they "
+             "start.",
              lambda run: f"{run.metrics['epochs']:,} epochs; epoch {run.metrics['best_epoch']:,} kept."),
-    "curves": ("Training and validation over the epochs", "Where validation "
-               "is worse than training, the model overfits.", overfit),
+    "curves": ("Training and validation over the epochs", "Training: the mean of an epoch's steps; "
+               "validation: the weights that are kept (averaged ones, unless --ema 0), at its end. "
+               "Where validation is worse than training, the model overfits.", overfit),
     "reconstructions": ("Test images above their reconstructions", "",
                         lambda run: lead([run], "recon")),
     "samples": ("Samples from the prior", "Drawn from the prior alone and decoded.",
@@ -155,9 +158,8 @@ OF_MODEL = {
     "likelihood": ("Log-likelihoods of the test images", "", spread),
     "kl": ("KL per latent dimension", "Of the top layer against the prior's one-dimensional marginals, "
            "which under a mixture do not add up to the KL; of z1 against p(z1 | z2).", lambda run: ""),
-    "shared_z2": ("Samples that share one z2", "What differs among them comes from z1 alone.",
-                  lambda run: f"KL1 is {stat(run.metrics, 'kl1')} nats, KL2 "
-                  f"{stat(run.metrics, 'kl2')}.")}
+    "shared_z2": ("Samples that share one z2", "What differs within a row comes from z1 alone, drawn from "
+                  "p(z1 | z2).", lambda run: "")}
 
 
 # what belongs together: (heading, figures of all models, figures of each); more of each comes after
@@ -249,11 +251,14 @@ def facts(folder, m):
     config = files.read_json(folder / "config.json", ["args"])
     recipe, seed = config.get("recipe", {}), config["args"].get("seed", "-")
     changed = "".join(f", {flag} {value}" for flag, value in recipe.get("changed", {}).items())
+    rates = [f"{flag} {config['args'].get(flag, '-')}" for flag in recipe.get("values", {})
+             if flag not in ("epochs", "pseudo_inputs")]        # which have rows of their own
     train, weights, components = (f"{number:,}" if number else "-" for number in (
         config.get("data", {}).get("train"), m.get("parameters"), m.get("components")))
     return {"Data": m["dataset"], "Binarisation": m["binarize"], "Training images": train,
             "Test images": f"{m['images']:,}", "Importance samples, S": samples_of(m),
-            "Recipe": recipe.get("name", "-") + changed, "Seed": str(seed),
+            "Recipe": recipe.get("name", "-") + changed,
+            "Optimisation": ", ".join(rates) or "-", "Seed": str(seed),
             "Epochs": f"{m['epochs']:,}; epoch {m['best_epoch']:,} kept",
             "Training, minutes": f"{m['train_seconds'] / 60:,.1f}",
             "Trained in": m.get("trained_in", "float32"),
@@ -273,7 +278,8 @@ def figure(path, runs, known):
         raise ValueError(f"{path} is damaged: run plot.py again")
     # drawn with 150 dots an inch; on a phone it shrinks no further than its text can be read
     width, height = (side * 3 // 4 for side in struct.unpack(">II", data[16:24]))
-    alt = html.escape(f"{title}, of {who}; {plot.source(runs)}")
+    tested = path.stem not in plot.NOT_OF_TEST_IMAGES
+    alt = html.escape(f"{title}, of {who}; {plot.source(runs, tested)}")
     image = (f'<img alt="{alt}" width="{width}" height="{height}" '
              f'style="min-width: {width * 3 // 5}px" '
              f'src="data:image/png;base64,{base64.b64encode(data).decode()}">')

@@ -31,6 +31,7 @@ NATS = "nats per image"
 SHOWN = 6000            # points in a latent space; more hide each other
 EMBEDDED = 3000         # of them t-SNE, whose time grows fast
 MARGIN = {"fontsize": 6.5, "color": "0.4"}
+NOT_OF_TEST_IMAGES = "samples shared_z2 film curves dynamics neighbours".split()      # these figures
 
 def source(runs, test=True):
     """The line beneath a figure: the data it shows, with the data set's note if there is one."""
@@ -108,6 +109,12 @@ def finish_curves(ax, title, part):
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
 
 
+def mark_warm_up(ax, runs):
+    warm = [epoch for run in runs for epoch in run.log["epoch"][run.log["beta"] < 1]]
+    if warm:
+        ax.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="0.93", lw=0, label="KL warm-up")
+
+
 def draw_reconstructions(run):
     """Test images above what the model makes of them, 48 in rows of 16."""
     a, b = (pictures(run, name, 48, 16) for name in ("images", "reconstructions"))
@@ -145,7 +152,7 @@ def draw_shared_z2(run):
 def draw_curves(run):
     """ELBO, reconstruction and KL over the epochs, training and validation."""
     fig, axes = panels(1, 3, 9.6, 2.9, [run], f"{run.label}: training", test=False)
-    log, epochs, warm = run.log, run.log["epoch"], run.log["epoch"][run.log["beta"] < 1]
+    log, epochs = run.log, run.log["epoch"]
     for ax, part in zip(axes, PARTS):
         layers = ("", "1", "2") if part == "kl" and run.metrics["model"] == "hvae" else ("",)
         for split, name, color in (("train", "training", "0.55"), ("val", "validation", run.color)):
@@ -154,8 +161,7 @@ def draw_curves(run):
                         marker="o" if len(epochs) < 10 else "",
                         label=f"{name}, KL{layer}" if layer else name)
         finish_curves(ax, PARTS[part], part)
-        if len(warm):
-            ax.axvspan(warm[0] - 0.5, warm[-1] + 0.5, color="0.93", lw=0, label="KL warm-up")
+        mark_warm_up(ax, [run])
         ax.axvline(run.metrics["best_epoch"], color="black", lw=0.7, label="epoch kept")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
     return fig
@@ -171,7 +177,7 @@ def draw_likelihood(run):
     ax.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}\n± {se:.2f} standard error")
     bits = f"\n{m['bits_per_dim']['mean']:.3f} bits per dimension" if "bits_per_dim" in m else ""
     ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {samples_of(m)}{bits}",
-           xlabel=f"log p(x) ({NATS})", ylabel="test images")
+           xlabel=f"estimated log p(x) ({NATS})", ylabel="test images")
     ax.legend(loc="upper left")
     return fig
 
@@ -231,7 +237,7 @@ def draw_neighbours(runs):
                        (f"nearest, median distance of {n}: {far:.1f}\n(of reconstructions {usual:.1f})",
                         images_of(run, run.arrays["neighbours"]))])
     return image_grid(blocks, "Samples above the training images nearest to them (Euclidean distance "
-                      "of grey values; for comparison, of reconstructed test images)", runs)
+                      "of grey values; for comparison, of reconstructed test images)", runs, test=False)
 
 
 def draw_tradeoff(runs):
@@ -270,7 +276,8 @@ def draw_dynamics(runs):
             ax.plot(run.log["epoch"], run.log[f"val_{part}"], color=run.color, label=run.label,
                     marker=run.marker if len(run.log["epoch"]) < 10 else "")
         finish_curves(ax, f"validation {PARTS[part]}", part)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+        mark_warm_up(ax, runs)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
 

@@ -20,7 +20,8 @@ SPARE = (("#000000", "X"), ("#7F3C8D", "*"), ("#8B6914", "p"))    # for a second
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 ACTIVE = 0.01           # variance of the posterior mean over the images, Burda et al. (2016)
 BETTER = {"recon": max, "elbo": max, "nll": min, "bits_per_dim": min}    # not a KL
-UNITS = "Nats per image, mean ± {}. Lower NLL is better; higher Recon and ELBO are."
+UNITS = ("Nats per image, mean ± {}. Lower NLL, in expectation an upper bound, is better; higher Recon "
+         "and ELBO are.")
 SPREAD = {False: "standard error over the test images",         # of one training seed, of several
           True: "standard deviation over the training seeds"}
 
@@ -287,11 +288,13 @@ def latent_columns(metrics):
 
 def latent_notes(metrics):
     """What the titles of latent_columns mean."""
-    text = (f"Active units: variance of the posterior mean over the images above {ACTIVE}, a "
-            "threshold made for N(0, I); under a learned prior the scale of z is free. "
-            "Components in use: perplexity of the mean responsibilities.")
+    text = (f"Active units: those whose posterior mean has a variance over the images above {ACTIVE}, a "
+            "threshold made for N(0, I); under a learned prior the scale of z is free. ")
+    text += ("KL1: of q(z1 | x, z2) from p(z1 | z2), KL2: of q(z2 | x) from the prior; they add up to the "
+             "KL. ") * any("kl1" in m for m in metrics)
+    text += "Components in use: perplexity of the mean responsibilities."
     probed = any(m.get(key) is not None for m in metrics
                  for key in ("probe_accuracy", "knn_accuracy"))
-    return text + (" Linear probe, k-NN: share of images whose class is read rightly from the posterior "
-                   "means of all layers, twice as many numbers of an HVAE, ± binomial standard error."
+    return text + (" Linear probe, k-NN: share of images classified rightly from the posterior means of all "
+                   "layers (an HVAE has two), ± binomial standard error."
                    ) * probed
