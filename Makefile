@@ -193,15 +193,16 @@ record:  ## copies the records of RUN to assets/, with TO=paper the last seed's 
 docs: $(ENV)  ## renews the generated tables of README.md and RESULTS.md from assets/
 	@$(PYTHON) report.py --docs README.md RESULTS.md --assets assets
 
-# a process a file, at most; the figures' fonts are looked up once, also where the home folder is read-only
-PYTEST = PYTHONUTF8=1 OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" MPLCONFIGDIR="$${MPLCONFIGDIR:-$(CURDIR)/.pytest_cache}" \
-  $(PYTHON) -m pytest -q -n $(CORES) --maxprocesses $(words $(wildcard test_*.py)) --dist loadfile
+# Fonts are looked up first, once: slow, and several processes at a time would complain of it on stderr.
+# Each test file has one process at most.
+PYTEST = export PYTHONUTF8=1 OMP_NUM_THREADS=1 DATA_DIR="$(DATA_DIR)" MPLCONFIGDIR="$${MPLCONFIGDIR:-$(CURDIR)/.pytest_cache}"; \
+  $(PYTHON) -c 'import matplotlib.font_manager'; $(PYTHON) -m pytest -q -n $(CORES) --maxprocesses $(words $(wildcard test_*.py)) --dist loadfile
 
 test: $(ENV)  ## the tests, in a few minutes
-	$(PYTEST) -k "not slow"
+	@$(PYTEST) -k "not slow"
 
 test-all: $(ENV)  ## the long ones too: kills, load
-	$(PYTEST)
+	@$(PYTEST)
 
 clean:  ## caches and quick runs; results/ and data/ stay
 	rm -rf __pycache__ .pytest_cache results/*-quick
