@@ -305,6 +305,8 @@ def test_claims_of_the_recorded_runs():
     gains = [row["val_elbo"][0] - float(logs["hvamp"][seed][-1]["val_elbo"])
              for row, seed in zip(slow, (0, 0, 1), strict=True)]
     assert not any(row["leaps"] for row in slow) and gains == pytest.approx([0.04, 0.06, 0.32], abs=0.005)
+    nll = [slow[2]["nll"]["mean"], found["hvamp"]["nll"]["each"][1]]        # "is then 80.94, not 81.11"
+    assert nll == pytest.approx([80.94, 81.11], abs=0.005) and slow[2]["nll"]["samples"] == 5000
     normed, = (row["val_elbo"][0] for row in tries if row["epochs"] == 420 and "its norm" in row["change"])
     usual = [float(log[-1]["val_elbo"]) for log in logs["vamp"]]
     assert min(usual) < normed < max(usual)     # "nothing over 420 epochs"
