@@ -129,8 +129,8 @@ COMPARED = {
                    lambda runs: f"Median distance to the nearest: {each(runs, distance)}."),
     "latents": ("Latent spaces", "Points are posterior means of test images.", latent),
     "walks": ("Walks between two test images in latent space", "A row is a model's straight way "
-              "from the reconstruction on the left to that on the right. Half of the way it may be where "
-              "the prior is thin, and no digit is.", lambda runs: ""),
+              "from the reconstruction on the left to that on the right. Half-way the prior may be thin, "
+              "and what is decoded there unlike any image.", lambda runs: ""),
     "dynamics": ("Validation ELBO, reconstruction and KL over the epochs", "The last twentieth of "
                  "the epochs against that before (a level end does not say that a longer training would "
                  "gain nothing: the learning rate has fallen):",

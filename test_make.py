@@ -316,6 +316,8 @@ def test_claims_of_the_recorded_runs():
                         f"--weight-decay 0.07{more}`") for more in ("", " --precision bfloat16"))
     assert 0.145 < plain - half < 0.155
     assert re.fullmatch("each tensor's gradient .*\n.*--batch-size 500.*", "\n".join(better)), better
+    gains = [twelve[name] - twelve["none"] for name in better]
+    assert gains == pytest.approx([0.12, 0.37], abs=0.005)
     same = [elbo for name, elbo in twelve.items() if re.match("`--ema|`--learned|`--prec|pseudo-inp", name)]
     assert len(same) == 4 and all(abs(elbo - twelve["none"]) < 0.1 for elbo in same)
     for name, m in found.items():
@@ -356,6 +358,7 @@ def test_claims_of_the_recorded_runs():
         assert run["hvamp"]["active_units"]["z2"] > run["hvae"]["active_units"]["z2"]
         assert run["hvamp"]["kl1"]["mean"] < run["hvae"]["kl1"]["mean"]
     fast = report.read_metrics(HERE / "assets/fast/vamp/metrics.json")
+    assert round(fast["train_seconds"] / 60) == 6       # "after 6 minutes"
     assert 0.8 < fast["seconds"]["all"] / fast["train_seconds"] < 1.25     # "about as long as its training"
     for m, low, high in [*((m, 0.1, 0.3) for m in wide.values()),       # README's "by 0.1 to 0.3"
                          *((m, 0, m["nll"]["se"]) for m in (runs["vamp"], runs["hvamp"], fast))]:
