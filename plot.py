@@ -1,16 +1,14 @@
-"""Figures, drawn without torch from config.json, log.csv, metrics.json and arrays.npz of a run.
+"""Figures of a run, drawn from its files alone (no torch): metrics.json, log.csv and arrays.npz.
 
-    python plot.py results/latest/vamp                  the figures of one model, in its folder
-    python plot.py results/latest --models vae vamp     models of a run, or all, side by side
+    python plot.py results/latest/vamp          one model
+    python plot.py results/latest               all models of a run, side by side
+
+Every figure is a function of a list of runs and stands in the table FIGURES. The first sentence of
+its docstring is its title, the others are its caption in report.html.
 """
-import files
-
-if __name__ == "__main__":
-    files.catch_signals()       # before matplotlib, whose import takes a second
-
+import collections
 import io
-import math
-import sys
+import json
 from pathlib import Path
 
 import matplotlib
@@ -19,464 +17,414 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.ticker import MaxNLocator
 
-from records import ACTIVE, PARTS, binarisation, find_models, measured, read_runs, samples_of, used
+import files
 
-# labels come from files, and a dollar sign in one must not start a formula
 matplotlib.rcParams.update({
     "text.parse_math": False, "font.size": 8.5, "axes.titlesize": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.fontsize": 7.5, "legend.title_fontsize": 7.5,
-    "legend.frameon": False, "lines.linewidth": 1.3, "lines.markersize": 3,
-    "savefig.dpi": 150, "savefig.bbox": "tight", "savefig.pad_inches": 0.06})
+    "axes.spines.right": False, "legend.fontsize": 7.5, "legend.title_fontsize": 9.5,
+    "legend.frameon": False, "lines.markersize": 3, "savefig.dpi": 150, "savefig.bbox": "tight"})
+# Okabe and Ito's palette, for colour-blind readers; the markers say it again
+LOOKS = {"vae": ("#D55E00", "o"), "vamp": ("#0072B2", "s"), "mog": ("#CC79A7", "v"),
+         "hvae": ("#E69F00", "^"), "hvamp": ("#009E73", "D"), "hmog": ("#56B4E9", "P")}
+PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 NATS = "nats per image"
-SHOWN = 6000            # points in a latent space; more hide each other
-EMBEDDED = 3000         # of them t-SNE, whose time grows fast
-MARGIN = {"fontsize": 6.5, "color": "0.4"}
-NOT_OF_TEST_IMAGES = "samples shared_z2 film curves dynamics neighbours".split()      # these figures
+ACTIVE = 0.01       # a unit with a larger variance of its posterior mean is active (Burda et al.)
+SHOWN = 6000        # points in a latent space; more hide each other
+Run = collections.namedtuple("Run", "label metrics log arrays color marker")
 
-def source(runs, test=True):
-    """The line beneath a figure: the data it shows, with the data set's note if there is one."""
-    lines = [f"{m['dataset']}, {binarisation(m['binarize'])}"
-             + (f", {m['images']:,} test images" if test else "")
-             + (f": {m['note']}" if m["note"] else "") for m in (run.metrics for run in runs)]
+
+def place(name):
+    """Sorting key of a model's folder: the order of LOOKS, then other names by alphabet."""
+    return (list(LOOKS).index(name) if name in LOOKS else len(LOOKS), name)
+
+
+def full_label(name, metrics):
+    """A model's label, with the name of its folder where that is one of the user's own."""
+    return metrics["label"] if name in LOOKS else f"{metrics['label']} ({name})"
+
+
+def plus_minus(mean, se):
+    """Both as text; the mean alone where there is no error, as for a single image."""
+    return f"{mean:.2f}" if se is None else f"{mean:.2f} ± {se:.2f}"
+
+
+def read_runs(folder):
+    """The evaluated models in a run's folder, or the one model whose folder it is."""
+    paths = {path.parent.name: path.parent for path in folder.glob("*/metrics.json")}
+    if (folder / "metrics.json").exists():
+        paths = {folder.resolve().name: folder}
+    if not paths:
+        raise ValueError(f"no metrics.json in {folder}: run evaluate.py first")
+    runs = []
+    for name in sorted(paths, key=place):
+        metrics = json.loads((paths[name] / "metrics.json").read_text())
+        log = np.genfromtxt(paths[name] / "log.csv", delimiter=",", names=True, ndmin=1)
+        color, marker = LOOKS.get(name, (f"C{len(runs)}", "X"))
+        runs.append(Run(full_label(name, metrics), metrics, log,
+                        dict(np.load(paths[name] / "arrays.npz")), color, marker))
+    return runs
+
+
+def title_and_caption(function):
+    """Both of a figure, from the docstring of its function."""
+    title, _, caption = " ".join(function.__doc__.split()).partition(". ")
+    return title, caption
+
+
+def source(runs, of_test):
+    """The line beneath a figure: the data that it shows."""
+    lines = []
+    for m in (run.metrics for run in runs):
+        tested = f", {m['images']:,} test images" if of_test else ""
+        note = f": {m['note']}" if m["note"] else ""
+        lines.append(f"{m['dataset']}, binarisation: {m['binarize']}{tested}{note}")
     return "   |   ".join(dict.fromkeys(lines))
 
 
-def panels(rows, columns, width, height, runs, title=None, test=True):
-    """(Figure, (rows * columns,) array of axes), inches, with the source line beneath."""
-    fig = Figure(figsize=(width, height), layout="constrained")
-    fig.text(0.006, -0.012, source(runs, test), va="top", **MARGIN)   # saving widens the cut to it
-    if title:
-        fig.suptitle(title, fontsize=9.5)
-    return fig, fig.subplots(rows, columns, squeeze=False).ravel()
+def panels(n, width, height, columns=4):
+    """A figure of n panels of `width` by `height` inches in rows of `columns`, and their axes."""
+    columns = min(n, columns)
+    rows = -(-n // columns)
+    fig = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).ravel()
+    for ax in axes[n:]:
+        ax.remove()
+    return fig, axes[:n]
 
 
-def images_of(run, rows):
-    """(n, h, w) or (n, h, w, 3) images of rows of pixels."""
-    return rows.astype(float).reshape(-1, *run.arrays["image_shape"])
+def images_of(run, name):
+    """An array of pixels (..., D) as images (..., h, w, 3); a grey one has three equal colours."""
+    pixels, shape = run.arrays[name].astype(float), run.arrays["image_shape"]
+    images = pixels.reshape(*pixels.shape[:-1], *shape)
+    return images if len(shape) == 3 else images[..., None].repeat(3, -1)
 
 
-def pictures(run, name, limit, columns):
-    """(n, h, w) or (n, h, w, 3) images of an array, `limit` at most; of several rows only full
-    ones are kept."""
-    images = images_of(run, run.arrays[name][:limit])
-    return images[:max(columns, len(images) - len(images) % columns)]
-
-
-def image_grid(blocks, title, runs, columns=16, test=True):
-    """Figure of blocks of strips, each (label, images in [0, 1]) wrapped at `columns`; the
-    images are (n, h, w) or, in colour, (n, h, w, 3). `test`: whether they are of test images."""
-    strips = [strip for block in blocks for _, strip in block]
-    if any(strip.ndim == 4 for strip in strips):    # grey ones beside colour: three equal channels
-        blocks = [[(label, strip if strip.ndim == 4 else strip[..., None].repeat(3, -1))
-                   for label, strip in block] for block in blocks]
-        strips = [strip for block in blocks for _, strip in block]
-    h, w = (max(strip.shape[axis] for strip in strips) for axis in (1, 2))
-    columns, gap = min(columns, max(map(len, strips))), max(1, h // 14)
-    rows = sum(-(-len(strip) // columns) for strip in strips)
-    canvas = np.ones((rows * (h + gap) + 3 * gap * (len(blocks) - 1) - gap,
-                      columns * (w + gap) - gap, *strips[0].shape[3:]))
-    top, ticks = 0, {}
+def strips(blocks, columns=16):
+    """A figure of blocks of strips, each (label, images (n, h, w, 3)) and wrapped at `columns`."""
+    everything = [images for block in blocks for _, images in block]
+    columns = min(columns, max(map(len, everything)))
+    h, w = (max(images.shape[axis] for images in everything) for axis in (1, 2))
+    gap = max(1, h // 14)
+    parts, labels = [], {}
     for block in blocks:
-        for label, strip in block:
-            for i, image in enumerate(strip):
-                y, x = top + i // columns * (h + gap), i % columns * (w + gap)
-                canvas[y:y + image.shape[0], x:x + image.shape[1]] = image
-            ticks[(top + y + h - 1) / 2] = label
-            top = y + h + gap
-        top += 3 * gap
-    width = min(8.6, 0.75 * columns * max(1.0, w / h))
+        for label, images in block:
+            n, own_h, own_w, _ = images.shape
+            white = [(0, -n % columns), (0, h - own_h + gap), (0, w - own_w + gap), (0, 0)]
+            images = np.pad(images, white, constant_values=1)
+            # (rows, columns, h, w, 3) -> (rows * h, columns * w, 3)
+            images = images.reshape(-1, columns, h + gap, w + gap, 3).swapaxes(1, 2)
+            images = images.reshape(-1, columns * (w + gap), 3)
+            labels[sum(map(len, parts)) + (len(images) - gap - 1) / 2] = label
+            parts.append(images)
+        parts.append(np.ones((2 * gap, columns * (w + gap), 3)))
+    canvas = np.concatenate(parts[:-1])[:-gap, :-gap]
+    width = min(8.6, 0.75 * columns * max(1, w / h))
     fig = Figure(figsize=(width, max(0.3, width * canvas.shape[0] / canvas.shape[1])))
     ax = fig.add_axes((0, 0, 1, 1), frameon=False, xticks=[])
-    ax.imshow(canvas, cmap="gray", vmin=0, vmax=1, interpolation="nearest", aspect="auto")
-    ax.set_yticks(list(ticks), ticks.values())
+    ax.imshow(canvas, interpolation="nearest", aspect="auto")
+    ax.set_yticks(list(labels), labels.values())
     ax.tick_params(length=0)
-    ax.set_title(title, loc="left")
-    ax.annotate(source(runs, test), (0, 0), (0, -4), "axes fraction", "offset points", va="top", **MARGIN)
     return fig
 
 
-def finish_curves(ax, title, part):
-    """Names the axes, and limits y to what is usual in each line: first epochs plunge, and bad epochs
-    may lie far away."""
-    ends = []
-    for values in (line.get_ydata() for line in ax.lines):
-        late = values[len(values) // (10 if part == "kl" else 5):]
-        quarter, three = np.percentile(late, [25, 75])
-        ends += late[abs(late - (quarter + three) / 2) <= 2 * (three - quarter)].tolist()   # Tukey's fences
-    low, high = min(ends), max(ends)
-    margin = max(0.08 * (high - low), 0.05)
-    ax.set(title=title, xlabel="epoch", ylabel=NATS, ylim=(low - margin, high + margin))
-    ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+def scatter(ax, run, points, legend):
+    """Points (N, 2) of test images, coloured by class; adds up to 20 classes to `legend`."""
+    labels = run.arrays.get("labels", np.zeros(len(points), int))[:SHOWN]
+    classes, index = np.unique(labels, return_inverse=True)
+    colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]
+    ax.scatter(*points[:SHOWN].T, s=3, lw=0, alpha=0.75, color=colors(index % colors.N))
+    if 1 < len(classes) <= 20:
+        for i, name in enumerate(classes):
+            legend[str(name)] = ax.scatter([], [], s=22, color=colors(i))
 
 
-def mark_warm_up(ax, runs):
-    warm = [epoch for run in runs for epoch in run.log["epoch"][run.log["beta"] < 1]]
-    if warm:
-        ax.axvspan(min(warm) - 0.5, max(warm) + 0.5, color="0.93", lw=0, label="KL warm-up")
+def reconstructions(runs):
+    """Test images and their reconstructions. Black-and-white originals are one draw of their
+    pixels. Reconstructions are the pixels' means, and smooth for that reason."""
+    n = 48 if len(runs) == 1 else 16
+    blocks = []
+    for i in range(0, min(n, max(len(run.arrays["images"]) for run in runs)), 16):
+        block, last = [], None
+        for run in runs:
+            originals = images_of(run, "images")[i:i + 16]
+            if not np.array_equal(originals, last):     # the first, or a model of other data
+                block.append(("original", originals))
+            block.append((run.label, images_of(run, "reconstructions")[i:i + 16]))
+            last = originals
+        blocks.append(block)
+    return strips(blocks)
 
 
-def draw_reconstructions(run):
-    """Test images above what the model makes of them, 48 in rows of 16."""
-    a, b = (pictures(run, name, 48, 16) for name in ("images", "reconstructions"))
-    blocks = [[("original", a[i:i + 16]), ("reconstructed", b[i:i + 16])]
-              for i in range(0, len(a), 16)]
-    return image_grid(blocks, f"{run.label}: test images and their reconstructions", [run])
+def samples(runs):
+    """Samples from the prior. Each is shown as the means of its pixels."""
+    n = 64 if len(runs) == 1 else 32
+    return strips([[(run.label, images_of(run, "samples")[:n])] for run in runs])
 
 
-def draw_pseudo_inputs(run):
-    """Learned pseudo-inputs above what each of them generates, most used first, in rows of 20."""
-    a, b = (pictures(run, f"pseudo_{name}", 40, 20) for name in ("inputs", "samples"))
-    m, use = run.metrics, run.arrays["pseudo_use"][:len(a)]
-    title = (f"{run.label}: the {len(a)} most used of {m['components']:,} components, "
-             f"{use[0]:.2%} to {use[-1]:.2%} of the images each; "
-             f"in use (perplexity): {used(m)}")
-    return image_grid([[("pseudo-input", a[i:i + 20]), ("generates", b[i:i + 20])]
-                       for i in range(0, len(a), 20)], title, [run], 20)
-
-
-def draw_film(run):
-    """The same pseudo-inputs in the course of training, a row per recorded epoch."""
-    strips = [(f"epoch {epoch}", images_of(run, frame))
-              for epoch, frame in zip(run.arrays["film_epochs"], run.arrays["film"])]
-    return image_grid([strips], f"{run.label}: pseudo-inputs in the course of training", [run], test=False)
-
-
-def draw_shared_z2(run):
-    """Samples in rows that share one draw of z2: what varies in a row is z1's."""
-    strips = [(f"z2, draw {i}", images_of(run, row))
-              for i, row in enumerate(run.arrays["shared_z2"], 1)]
-    return image_grid([strips], f"{run.label}: each row has one z2 from the prior and draws of z1 "
-                      "from p(z1 | z2)", [run], test=False)
-
-
-def draw_curves(run):
-    """ELBO, reconstruction and KL over the epochs, training and validation."""
-    fig, axes = panels(1, 3, 9.6, 2.9, [run], f"{run.label}: training", test=False)
-    log, epochs = run.log, run.log["epoch"]
-    for ax, part in zip(axes, PARTS):
-        layers = ("", "1", "2") if part == "kl" and run.metrics["model"] == "hvae" else ("",)
-        for split, name, color in (("train", "training", "0.55"), ("val", "validation", run.color)):
-            for layer, style in zip(layers, ("-", "--", ":")):
-                ax.plot(epochs, log[f"{split}_{part}{layer}"], style, color=color,
-                        marker="o" if len(epochs) < 10 else "",
-                        label=f"{name}, KL{layer}" if layer else name)
-        finish_curves(ax, PARTS[part], part)
-        mark_warm_up(ax, [run])
-        ax.axvline(run.metrics["best_epoch"], color="black", lw=0.7, label="epoch kept")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside right center")
-    return fig
-
-
-def draw_likelihood(run):
-    """Histogram of the images' log-likelihoods with their mean and its standard error."""
-    values, m = run.arrays["log_px"], run.metrics
-    fig, (ax,) = panels(1, 1, 6, 3, [run])
-    ax.hist(values, bins=min(80, max(8, len(values) // 25)), color=run.color, alpha=0.75)
-    mean, se = -m["nll"]["mean"], m["nll"]["se"]
-    ax.axvspan(mean - se, mean + se, color="black", alpha=0.25, lw=0)
-    ax.axvline(mean, color="black", lw=1, label=f"mean {mean:.2f}\n± {se:.2f} standard error")
-    bits = f"\n{m['bits_per_dim']['mean']:.3f} bits per dimension" if "bits_per_dim" in m else ""
-    ax.set(title=f"{run.label}: log-likelihood, importance sampling with S = {samples_of(m)}{bits}",
-           xlabel=f"estimated log p(x) ({NATS})", ylabel="test images")
-    ax.legend(loc="upper left")
-    return fig
-
-
-def draw_kl(run):
-    """KL of every latent dimension, largest first, the active ones in colour."""
-    layers = run.metrics["latent_dims"]
-    fig, axes = panels(1, len(layers), 6.2 if len(layers) == 1 else 9, 2.9, [run],
-                       f"{run.label}: KL per latent dimension")
-    for ax, layer in zip(axes, layers):
-        kl, variance = (run.arrays[f"{name}_{layer}"] for name in ("kl_per_dim", "variance"))
-        kl, active = kl[order := np.argsort(-kl)], variance[order] > ACTIVE
-        for on, color, name in ((active, run.color, "active"), (~active, "0.6", "inactive")):
-            # an empty set of bars would forget its colour: these have no height instead
-            ax.bar(range(1, len(kl) + 1), kl * on, color=color, label=f"{name}: {on.sum()}")
-        ax.set(xlabel=f"dimension of {layer}, sorted", ylabel=f"KL ({NATS})")
-        ax.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-        ax.legend(title=f"variance of the posterior mean > {ACTIVE}")
-    return fig
-
-
-def draw_comparison(runs):
-    """Originals in the first row, then one row of reconstructions per model."""
-    strips = []
-    for run in runs:
-        original = pictures(run, "images", 16, 16)
-        if not strips or not np.array_equal(original, last):    # evaluated on other images
-            strips.append(("original", last := original))
-        strips.append((run.label, pictures(run, "reconstructions", 16, 16)))
-    return image_grid([strips], "Test images and every model's reconstruction", runs)
-
-
-def draw_samples(runs):
-    """Samples from the prior, as pixel means, 16 in a row: 64 of one model, 32 of each."""
-    shown = 64 if len(runs) == 1 else 32
-    return image_grid([[(run.label, pictures(run, "samples", shown, 16))] for run in runs],
-                      "Samples from the prior", runs, test=False)
-
-
-def draw_walks(runs):
-    """Straight ways between the latent means of two test images, a row per model."""
-    blocks = [[(run.label, images_of(run, run.arrays["walks"][i])) for run in runs
-               if i < len(run.arrays["walks"])]
-              for i in range(max(len(run.arrays["walks"]) for run in runs))]
-    return image_grid(blocks, "From one test image to another: what lies on the straight way "
-                      "between their latent means", runs)
-
-
-def draw_neighbours(runs):
-    """Samples above the training images nearest to them."""
+def pseudo_inputs(runs):
+    """Pseudo-inputs, and below each an image that it generates. The most used ones come first. An
+    image is decoded from a draw of the encoder's posterior at the pseudo-input."""
+    n = 40 if len(runs) == 1 else 20
     blocks = []
     for run in runs:
-        n = len(run.arrays["neighbours"])
-        far, usual = (np.median(run.arrays[f"{name}_distance"])
-                      for name in ("sample", "reconstruction"))
-        blocks.append([(run.label, images_of(run, run.arrays["samples"][:n])),
-                       (f"nearest, median distance of {n}: {far:.1f}\n(of reconstructions {usual:.1f})",
-                        images_of(run, run.arrays["neighbours"]))])
-    return image_grid(blocks, "Samples above the training images nearest to them (Euclidean distance "
-                      "of grey values; for comparison, of reconstructed test images)", runs, test=False)
+        u, x = images_of(run, "pseudo_inputs")[:n], images_of(run, "pseudo_samples")[:n]
+        for i in range(0, len(u), 20):
+            blocks.append([(run.label, u[i:i + 20]), ("generates", x[i:i + 20])])
+    return strips(blocks, 20)
 
 
-def draw_tradeoff(runs):
-    """Test KL against reconstruction with lines of equal ELBO, and the way there."""
-    fig, (ax,) = panels(1, 1, 6.4, 4.8, runs)
-    seen = {"kl": [], "recon": []}
+def history(runs):
+    """Pseudo-inputs in the course of training. They start at training images."""
+    return strips([[(f"{run.label}, epoch {epoch}", frame) for epoch, frame in
+                    zip(run.arrays["history_epochs"], images_of(run, "history"))] for run in runs])
+
+
+def shared_z2(runs):
+    """Samples that share z2. Each row has one draw of z2, and a draw of z1 for each image."""
+    return strips([[(f"{run.label}, draw {i}", row)
+                    for i, row in enumerate(images_of(run, "shared_z2"), 1)] for run in runs])
+
+
+def walks(runs):
+    """From one test image to another. A row decodes points of the straight line between two
+    latent means. The prior may be thin half-way."""
+    pairs = min(len(run.arrays["walks"]) for run in runs)
+    return strips([[(run.label, images_of(run, "walks")[i]) for run in runs] for i in range(pairs)])
+
+
+def neighbours(runs):
+    """Samples, and below each the nearest training image. A memorised image would be equal to its
+    neighbour. Distances are Euclidean; the reconstructions are of test images."""
+    blocks = []
     for run in runs:
-        log, m = run.log, run.metrics
-        ax.plot(log["val_kl"], log["val_recon"], color=run.color, lw=0.8, alpha=0.6)
-        ax.errorbar(m["kl"]["mean"], m["recon"]["mean"], m["recon"]["se"], m["kl"]["se"],
-                    fmt=run.marker, color=run.color, ms=5, capsize=3, elinewidth=1, zorder=5,
-                    label=f"{run.label}, ELBO {m['elbo']['mean']:.2f}")
-        # the way from far below would leave the ends, which matter, in one corner
-        near = log["val_elbo"] > log["val_elbo"].max() - 6
-        for part, values in seen.items():
-            mean, se = m[part]["mean"], m[part]["se"]
-            values += [mean - se, mean + se, *log[f"val_{part}"][near]]
-    pads = [max(0.5, 0.07 * np.ptp(values)) for values in seen.values()]
-    limits = [(min(values) - pad, max(values) + pad) for values, pad in zip(seen.values(), pads)]
-    ax.set(xlim=limits[0], ylim=limits[1], xlabel=f"KL ({NATS})", ylabel=f"reconstruction ({NATS})",
-           title="Points: test, with standard errors. Thin lines: validation, epoch by epoch.\n"
-                 "Grey lines: equal ELBO; up and to the left is better.")
-    kl, recon = np.meshgrid(*(np.linspace(*pair, 50) for pair in limits))
-    lines = ax.contour(kl, recon, recon - kl, 9, colors="0.85", linewidths=0.7, linestyles="-",
-                       zorder=0)
-    ax.clabel(lines, fmt="ELBO %g", fontsize=6.5, colors="0.4")
-    fig.legend(loc="outside upper center", ncols=2)
-    return fig
+        far = np.median(run.arrays["sample_distance"])
+        usual = np.median(run.arrays["reconstruction_distance"])
+        below = f"nearest, median distance {far:.1f}\n(of reconstructions {usual:.1f})"
+        blocks.append([(run.label, images_of(run, "samples")[:16]),
+                       (below, images_of(run, "neighbours"))])
+    return strips(blocks)
 
 
-def draw_dynamics(runs):
-    """Validation ELBO, reconstruction and KL of all models over the epochs."""
-    fig, axes = panels(1, 3, 9, 3, runs, test=False)
-    for ax, part in zip(axes, PARTS):
-        for run in runs:
-            ax.plot(run.log["epoch"], run.log[f"val_{part}"], color=run.color, label=run.label,
-                    marker=run.marker if len(run.log["epoch"]) < 10 else "")
-        finish_curves(ax, f"validation {PARTS[part]}", part)
-        mark_warm_up(ax, runs)
+def usual_limits(lines):
+    """Limits for an axis without each line's first epochs and outliers, which lie far away."""
+    usual = []
+    for line in lines:
+        late = line.get_ydata()[len(line.get_ydata()) // 5:]
+        low, high = np.percentile(late, [25, 75])
+        usual.extend(late[abs(late - (low + high) / 2) <= 2 * (high - low)])    # Tukey's fences
+    pad = 0.1 * np.ptp(usual) + 0.05
+    return min(usual) - pad, max(usual) + pad
+
+
+def curves(runs):
+    """ELBO, reconstruction and KL in the course of training. Validation uses the averaged weights.
+    A single model's figure adds training (grey), each layer's KL and the epoch that is kept."""
+    alone = len(runs) == 1
+    lines = [("val", run.label, run.color, run) for run in runs]
+    if alone:
+        lines = [("train", "training", "0.55", runs[0]),
+                 ("val", "validation", runs[0].color, runs[0])]
+    fig, axes = panels(3, 3.2, 3)
+    for ax, (part, title) in zip(axes, PARTS.items()):
+        for split, name, color, run in lines:
+            layers = {"": "-"}
+            if alone and part == "kl" and run.metrics["model"] == "hvae":
+                layers = {"": "-", "1": "--", "2": ":"}
+            for layer, style in layers.items():
+                ax.plot(run.log["epoch"], run.log[f"{split}_{part}{layer}"], style, color=color,
+                        marker=run.marker if len(run.log) < 10 else "",
+                        label=f"{name}, KL{layer}" if layer else name)
+        ax.set(title=title if alone else f"validation {title}", xlabel="epoch", ylabel=NATS,
+               ylim=usual_limits(ax.lines))
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        warm_up = max(np.sum(run.log["beta"] < 1) for run in runs)      # epochs
+        if warm_up:
+            ax.axvspan(0.5, warm_up + 0.5, color="0.94", label="KL warm-up")
+        if alone:
+            ax.axvline(runs[0].metrics["best_epoch"], color="black", lw=0.7, label="epoch kept")
     fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return fig
 
 
-def collapse_message(metrics):
-    """A line on N(0, I) against the VampPrior per pair, then what all pairs support: fewer units,
-    which have no error, and KL and reconstruction beyond two errors. These are those of different
-    images, a cautious choice, as metrics hold no image's values. Units
-    and KL are those of the layer that has the prior. Nothing where two models are of one kind."""
-    kinds, lines, claims = {(m["model"], m["prior"]): m for m in metrics}, [], []
-    if len(kinds) < len(metrics):
-        return ""
-    for model in ("vae", "hvae"):
-        plain, vamp = (kinds.get((model, prior)) for prior in ("standard", "vamp"))
-        if plain and vamp and measured(plain) == measured(vamp):
-            *_, (top, D) = plain["latent_dims"].items()
-            a, b = (m["active_units"][top] for m in (plain, vamp))
-            how = "as many" if a == b else "fewer" if a < b else "more"
-            lines.append(f"{model.upper()}: {how} units of {top} active under N(0, I), {a} of {D}, "
-                         f"{'as' if a == b else 'than'} under the VampPrior, {b};")
-            claims.append([a < b])
-            for part, what, sign, end in ((kl := top.replace("z", "kl"), kl.upper(), 1, ","),
-                                          ("recon", PARTS["recon"], -1, f" {NATS}.")):
-                x, y = plain[part], vamp[part]
-                lines[-1] += f" {what} {x['mean']:.2f} and {y['mean']:.2f}{end}"
-                claims[-1].append(sign * (x["mean"] - y["mean"]) > 2 * math.hypot(x["se"], y["se"]))
-    ends = {(True, True, True): ", yet its KL is higher and the reconstruction worse",
-            (True, True, False): ", yet its KL is higher",
-            (True, False, True): " and the reconstruction is worse"}
-    if end := ends.get(tuple(map(all, zip(*claims)))):
-        lines.append(f"Under N(0, I) fewer units of the top layer are active{end}.")
-    return "\n".join(lines)
+def tradeoff(runs):
+    """Reconstruction against KL. Points: test images, with standard errors. Thin lines: validation
+    over the epochs. Along a grey line the ELBO is the same; up and to the left is better."""
+    fig, (ax,) = panels(1, 6.4, 4.8)
+    seen = []       # what the limits must hold: (KL, reconstruction)
+    for run in runs:
+        log, kl, recon = run.log, run.metrics["kl"], run.metrics["recon"]
+        ax.plot(log["val_kl"], log["val_recon"], color=run.color, lw=0.8, alpha=0.6)
+        ax.errorbar(kl["mean"], recon["mean"], recon["se"], kl["se"], fmt=run.marker,
+                    color=run.color, ms=5, capsize=3, elinewidth=1,
+                    label=f"{run.label}, ELBO {run.metrics['elbo']['mean']:.2f}")
+        for sign in (-1, 1):
+            seen.append([m["mean"] + sign * (m["se"] or 0) for m in (kl, recon)])
+        near = log["val_elbo"] > log["val_elbo"].max() - 6      # the first epochs lie far away
+        seen.extend(np.column_stack([log["val_kl"], log["val_recon"]])[near])
+    pad = np.maximum(0.5, 0.1 * np.ptp(seen, axis=0))
+    (x0, y0), (x1, y1) = np.min(seen, axis=0) - pad, np.max(seen, axis=0) + pad
+    for elbo in MaxNLocator(9).tick_values(y0 - x1, y1 - x0):
+        x = min(x1, y1 - elbo)      # where the line recon = KL + ELBO leaves the panel
+        if x > x0 and x + elbo > y0:
+            ax.axline((x, x + elbo), slope=1, color="0.85", lw=0.7, zorder=0)
+            ax.text(x, x + elbo, f" ELBO {elbo:g}", fontsize=6.5, color="0.4")
+    ax.set(xlim=(x0, x1), ylim=(y0, y1), xlabel=f"KL ({NATS})", ylabel=f"reconstruction ({NATS})")
+    fig.legend(loc="outside upper center", ncols=2)
+    return fig
 
 
-def draw_active_units(runs):
-    """Variance of the posterior mean per latent dimension, and the KL of each layer."""
-    fig, (left, right) = panels(1, 2, 9, 4.2, runs)
-    fig.supxlabel(collapse_message([run.metrics for run in runs]), x=0.006, ha="left", fontsize=7.5)
+def active_units(runs):
+    """Which latent units carry information. Left: variance of each unit's posterior mean over the
+    test images. A unit below the dashed line hardly depends on the image. The line was made for
+    N(0, I); under a learned prior the scale of z is free. Right: the KL of each layer."""
+    fig, (left, right) = panels(2, 4.5, 4)
     for i, run in enumerate(runs):
         end, texts = 0, []
         for layer, n in run.metrics["active_units"].items():
             v = np.sort(run.arrays[f"variance_{layer}"])[::-1]
-            left.plot(np.arange(1, len(v) + 1), np.log10(np.maximum(v, 1e-7)), color=run.color,
-                      ls=":" if layer == "z1" else "-", lw=1.2, marker=run.marker, ms=2.5,
-                      label=f"{run.label}, {layer}: {n} of {len(v)} active")
+            style, alpha = (":", 0.5) if layer == "z1" else ("-", 1)
+            left.plot(np.arange(1, len(v) + 1), np.log10(v.clip(1e-7)), style, color=run.color,
+                      marker=run.marker, label=f"{run.label}, {layer}: {n} of {len(v)} active")
             kl = run.metrics[layer.replace("z", "kl")]["mean"]
-            right.barh(i, kl, left=end, color=run.color, alpha=0.5 if layer == "z1" else 1)
+            right.barh(i, kl, left=end, color=run.color, alpha=alpha)
             texts.append(f"{layer} {kl:.1f}")
             end += kl
         right.text(end, i, "  " + " + ".join(texts), va="center")
-    left.axhline(math.log10(ACTIVE), color="black", lw=0.8, ls="--",
-                 label=f"active: variance above {ACTIVE}")
-    left.set(xlabel="latent dimension, sorted", title="Which latent dimensions carry information",
-             ylabel="log10 variance of the posterior mean")
+    left.axhline(np.log10(ACTIVE), color="black", lw=0.8, ls="--", label=f"active above {ACTIVE}")
+    left.set(xlabel="latent unit, sorted", ylabel="log10 variance of the posterior mean")
     right.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
-              xlabel=f"KL ({NATS})", title="KL per layer")
+              xlabel=f"KL of each layer ({NATS})")
     right.invert_yaxis()
-    right.margins(x=0.5)       # room for the numbers
+    right.margins(x=0.5)        # room for the numbers
     fig.legend(*left.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return fig
 
 
-def scatter_codes(ax, run, points, legend):
-    """The codes (N, 2) of the first test images, coloured by class; fills {class: handle}."""
-    labels = run.arrays.get("labels", np.zeros(len(points)))
-    classes, color = np.unique(labels, return_inverse=True)
-    points, color = points[:SHOWN], color[:min(SHOWN, len(points))]
-    tab10 = matplotlib.colormaps["tab10"]
-    ax.scatter(*points.T, s=3, lw=0, alpha=0.75, c=tab10(color % 10))
-    if 1 < len(classes) <= 20:
-        legend |= {str(c): ax.scatter([], [], s=22, color=tab10(i % 10))
-                   for i, c in enumerate(classes)}
+def likelihood(runs):
+    """Log-likelihoods of the test images. Importance sampling; the line is at the mean."""
+    fig, axes = panels(len(runs), 5.4 if len(runs) == 1 else 3.2, 2.8)
+    for ax, run in zip(axes, runs):
+        nll, S = run.metrics["nll"], run.metrics["samples"]
+        ax.hist(run.arrays["log_px"], "auto", color=run.color, alpha=0.75)
+        ax.axvline(-nll["mean"], color="black", lw=1)
+        ax.set(title=f"{run.label}\nNLL {plus_minus(**nll)}, S = {S:,}", ylabel="test images",
+               xlabel=f"log p(x) ({NATS})")
+    return fig
 
 
-def draw_latents(runs):
-    """Posterior means, coloured by class, and the prior: its density if all models have two latents,
-    else its components on the two main axes of the means."""
-    if all("plane_box" in run.arrays for run in runs):
-        return draw_planes(runs)
-    columns = min(len(runs), 4 if len(runs) % 3 else 3)
-    rows, size = -(-len(runs) // columns), 5 if len(runs) == 1 else 3
-    fig, panes = panels(rows, columns, size * columns, size * rows + 0.9, runs)
+def latents(runs):
+    """Latent spaces. Points are posterior means of test images, coloured by class, on the two
+    directions in which they vary most. A ring is a component of the prior, and its area is the
+    component's use. Circles are N(0, I) at one and two standard deviations."""
+    size = 5 if len(runs) == 1 else 3.2
+    fig, axes = panels(len(runs), size, size + 0.6)
     legend, ring = {}, {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
-    for ax, run in zip(panes, runs):
-        z, (*_, top) = run.arrays["latent_means"].astype(float), run.metrics["latent_dims"]
+    for ax, run in zip(axes, runs):
+        z = run.arrays["latent_means"].astype(float)                # (N, D)
         centre = z.mean(0)
-        _, s, axes = np.linalg.svd(np.atleast_2d(np.cov(z.T, bias=True)))
-        share = np.append(s, 0) / max(s.sum(), 1e-12)
-        # orthonormal, so N(0, I) stays round; a latent space of one dimension becomes a line
-        plane = np.pad(axes[:2], ((0, 2 - len(axes[:2])), (0, 0))).T
-        scatter_codes(ax, run, (z - centre) @ plane, legend)
+        _, s, directions = np.linalg.svd(z - centre, full_matrices=False)
+        plane = np.zeros((z.shape[1], 2))                           # one latent makes a line
+        plane[:, :len(directions)] = directions[:2].T
+        share = np.append(s**2, 0) / max((s**2).sum(), 1e-12)
+        scatter(ax, run, (z - centre) @ plane, legend)
         if "component_mu" in run.arrays:
-            use = run.arrays["component_use"]
-            most = np.argsort(-use)[:1000]
-            ax.scatter(*((run.arrays["component_mu"][most] - centre) @ plane).T,
-                       s=45 * use[most] / use.max(), **ring)
+            most = np.argsort(-run.arrays["component_use"])[:1000]
+            use, mu = run.arrays["component_use"][most], run.arrays["component_mu"][most]
+            ax.scatter(*((mu - centre) @ plane).T, s=45 * use / use.max(), **ring)
             legend["prior component,\narea: its use"] = ax.scatter([], [], s=28, **ring)
         else:
             for radius, style in ((1, "-"), (2, "--")):
                 ax.add_patch(Circle(-centre @ plane, radius, fill=False, ls=style))
                 legend[f"prior, {radius} sigma"] = ax.plot([], [], "k", ls=style, lw=1)[0]
-        ax.set_aspect("equal", adjustable="datalim")
-        ax.set_xlabel(f"principal axis 1 of {top} ({share[0]:.0%} of the variance)", fontsize=7.5)
-        ax.set_ylabel(f"principal axis 2 ({share[1]:.0%})", fontsize=7.5)
-        ax.set_title(f"{run.label}\nposterior means of {min(SHOWN, len(z)):,} test images")
-    for ax in panes[len(runs):]:
-        ax.remove()
+        end = np.abs([ax.get_xlim(), ax.get_ylim()]).max()
+        ax.set(xlim=(-end, end), ylim=(-end, end), aspect="equal", title=run.label,
+               xlabel=f"principal axis 1 ({share[0]:.0%} of the variance)",
+               ylabel=f"principal axis 2 ({share[1]:.0%})")
     fig.legend(legend.values(), legend, loc="outside upper center", ncols=5 + len(runs))
     return fig
 
 
-def draw_tsne(runs):
-    """Posterior means laid out by t-SNE (van der Maaten and Hinton, 2008), coloured by class."""
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError:
-        raise ValueError("--tsne needs scikit-learn, which is not in requirements.txt: python -m pip "
-                         "install scikit-learn") from None
-    fig, panes = panels(1, len(runs), 3 * len(runs), 3.8, runs)
-    legend = {}
-    for ax, run in zip(panes, runs):
-        z = run.arrays["latent_means"][:EMBEDDED]
-        perplexity = min(30, max(1, len(z) // 4))
-        points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(z)
-        scatter_codes(ax, run, points, legend)
-        ax.set(title=f"{run.label}\nt-SNE of {len(z):,} posterior means", xticks=[], yticks=[])
-    fig.supxlabel("axes have no unit, distances between groups no meaning", fontsize=7.5)
+def planes(runs):
+    """The prior of two latents. Above: the prior's log density, with the same levels for all, and
+    the posterior means of test images, coloured by class. Below: what the points of the plane
+    generate, fainter where the prior is thin."""
+    n = len(runs)
+    fig, axes = panels(2 * n, 4.4 if n == 1 else 3.5, 3.7, n)
+    top = max(run.arrays["plane_log_prior"].max() for run in runs)
+    levels, legend = np.ceil(top) - np.arange(12, -0.5, -1), {}
+    for ax, grid, run in zip(axes, axes[n:], runs):
+        x0, y0, x1, y1 = run.arrays["plane_box"]
+        values = run.arrays["plane_log_prior"]                      # (points, points)
+        at = np.linspace(x0, x1, len(values)), np.linspace(y0, y1, len(values))
+        shade = ax.contourf(*at, values, levels, cmap="Greys", extend="min", alpha=0.7)
+        ax.contour(*at, values, levels[::2], colors="0.35", linewidths=0.35, linestyles="-")
+        scatter(ax, run, run.arrays["latent_means"], legend)
+        ax.set(title=f"{run.label}\nELBO {plus_minus(**run.metrics['elbo'])}")
+        tiles = images_of(run, "plane_images")                      # (m, m, h, w, 3)
+        if len(run.arrays["image_shape"]) == 2:     # black on white
+            tiles = 1 - tiles
+        # whole where the prior is denser than an even spread over the square, else fainter
+        share = np.exp(run.arrays["plane_image_log_prior"]) * (x1 - x0) * (y1 - y0)
+        tiles = 1 - share.clip(0, 1)[..., None, None, None] * (1 - tiles)
+        m, _, h, w, _ = tiles.shape
+        canvas = tiles[::-1].swapaxes(1, 2).reshape(m * h, m * w, 3)    # row 0 is at the bottom
+        grid.imshow(canvas, extent=(x0, x1, y0, y1))
+        for part in (ax, grid):
+            part.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xlabel="dimension 1",
+                     ylabel="dimension 2")
+    fig.colorbar(shade, ax=axes, shrink=0.45, anchor=(0, 1), label="log p(z), nats")
     fig.legend(legend.values(), legend, loc="outside upper center", ncols=10)
     return fig
 
 
-def draw_planes(runs):
-    """Of models with two latents: the prior's log density with the codes on it, the same levels for
-    all; beneath or beside it what the points of that plane generate."""
-    side, n = len(runs) == 1, len(runs)
-    fig, panes = panels(*((1, 2, 9, 4.4) if side else (2, n, 3.2 * n + 0.8, 7.4)), runs)
-    top = max(run.arrays["plane_log_prior"].max() for run in runs)
-    levels, legend = math.ceil(top) - np.arange(12, -0.5, -1), {}
-    for density, grid, run in zip(panes, panes[n:], runs):
-        x0, y0, x1, y1 = box = run.arrays["plane_box"].astype(float)
-        values = run.arrays["plane_log_prior"].astype(float)
-        at = [np.linspace(*ends, len(values)) for ends in ((x0, x1), (y0, y1))]
-        shade = density.contourf(*at, values, levels, cmap="Greys", extend="min", alpha=0.7)
-        density.contour(*at, values, levels[::2], colors="0.35", linewidths=0.35, linestyles="-")
-        scatter_codes(density, run, run.arrays["latent_means"], legend)
-        elbo = run.metrics["elbo"]
-        density.set_title(f"{run.label}\nELBO {elbo['mean']:.2f} ± {elbo['se']:.2f}")
-        tiles, shape = run.arrays["plane_images"].astype(float), run.arrays["image_shape"]
-        # whole where the prior is denser than an even spread over the square, else fainter
-        share = np.exp(run.arrays["plane_image_log_prior"]) * (x1 - x0) * (y1 - y0)
-        tiles = (tiles if len(shape) == 3 else 1 - tiles).reshape(*tiles.shape[:2], *shape)
-        share = np.minimum(1, share).reshape(*share.shape, *[1] * len(shape))
-        canvas = (1 - share * (1 - tiles))[::-1].swapaxes(1, 2)     # on white
-        canvas = canvas.reshape(len(tiles) * shape[0], -1, *shape[2:])
-        grid.imshow(canvas, cmap="gray", vmin=0, vmax=1, extent=box[[0, 2, 1, 3]])
-        grid.set_title("what the plane generates,\nfainter where the prior is thin")
-        for ax in (density, grid):
-            ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect="equal", xlabel="dimension 1", ylabel="dimension 2")
-    fig.colorbar(shade, ax=[*panes] if side else [*panes[:n]], shrink=0.8,
-                 label="log p(z), nats" + "; the same levels for all" * (not side))
-    fig.legend(legend.values(), legend, loc="outside upper center", ncols=10,
-               title="points: posterior means of test images, coloured by class")
-    return fig
+FIGURES = {     # file name: function, array without which there is none, whether of test images
+    "reconstructions": (reconstructions, "images", True),
+    "samples": (samples, "samples", False),
+    "pseudo_inputs": (pseudo_inputs, "pseudo_inputs", True),
+    "history": (history, "history", False),
+    "shared_z2": (shared_z2, "shared_z2", False),
+    "walks": (walks, "walks", True),
+    "neighbours": (neighbours, "neighbours", False),
+    "planes": (planes, "plane_box", True),
+    "latents": (latents, "latent_means", True),
+    "active_units": (active_units, "latent_means", True),
+    "tradeoff": (tradeoff, "images", True),
+    "likelihood": (likelihood, "log_px", True),
+    "curves": (curves, "images", False)}        # the last: make waits for it
 
 
-# The last of each is what make waits for: when it stands, all stand.
-MODEL_FIGURES = {
-    "reconstructions": draw_reconstructions, "samples": lambda run: draw_samples([run]),
-    "pseudo_inputs": draw_pseudo_inputs, "film": draw_film, "shared_z2": draw_shared_z2,
-    "latent": lambda run: draw_latents([run]), "likelihood": draw_likelihood, "kl": draw_kl,
-    "curves": draw_curves}
-COMPARISON_FIGURES = {
-    "comparison": draw_comparison, "tradeoff": draw_tradeoff, "dynamics": draw_dynamics,
-    "active_units": draw_active_units, "latents": draw_latents,
-    "walks": draw_walks, "neighbours": draw_neighbours, "samples": draw_samples}
+def draw(name, runs):
+    """The PNG of a figure as bytes, or None if no run has what it shows."""
+    function, needed, of_test = FIGURES[name]
+    runs = [run for run in runs if run.arrays.get(needed, np.zeros(0)).size]
+    if not runs:
+        return None
+    fig, (title, _) = function(runs), title_and_caption(function)
+    if len(runs) == 1:
+        title = f"{title}: {runs[0].label}"
+    for legend in fig.legends:          # saving would move a legend onto a title above it
+        legend.set_title(title)
+    fig.draw_without_rendering()        # so that the layout is settled
+    height, box = fig.get_figheight(), fig.get_tightbbox()      # both in inches
+    if not fig.legends:
+        fig.text(0, (box.y1 + 0.1) / height, title, fontsize=9.5)
+    fig.text(0, (box.y0 - 0.05) / height, source(runs, of_test), size=6.5, color="0.4", va="top")
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png")
+    return buffer.getvalue()
 
 
-@files.command
+@files.friendly
 def main(argv=None):
-    parser = files.Parser(__doc__.split("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of one evaluated model, or of several")
-    parser.add_argument("--tsne", action="store_true",
-                        help="draw t-SNE of the latent means too; needs scikit-learn")
-    parser.add_argument("--models", nargs="+", metavar="NAME", help="only these, in this order")
-    args = parser.parse_args(argv)
-    one = (args.run / "metrics.json").exists() and not args.models
-    runs = read_runs([args.run] if one else [*find_models(args.run, args.models).values()])
-    figures = {name: draw for name, draw in (MODEL_FIGURES if one else COMPARISON_FIGURES).items()
-               if name not in ("pseudo_inputs", "film", "shared_z2") or name in runs[0].arrays}
-    if args.tsne:
-        figures = {"tsne": (lambda run: draw_tsne([run])) if one else draw_tsne} | figures
-    for name, draw in figures.items():
-        buffer = io.BytesIO()
-        draw(runs[0] if one else runs).savefig(buffer, format="png")
-        files.write_atomic(args.run / f"{name}.png", buffer.getvalue())
-    m, done = runs[0].metrics, f"{len(figures)} figures"
-    files.Line(args.run.absolute().name if one else "").say(
-        f"trained, evaluated and drawn: NLL {m['nll']['mean']:.2f} ± {m['nll']['se']:.2f} "
-        f"(S = {samples_of(m)}), {done} in {args.run}" if one else f"wrote {done} to {args.run}")
+    p = files.parser(__doc__)
+    p.add_argument("run", type=Path, help="folder of one evaluated model, or of several")
+    args = p.parse_args(argv)
+    runs = read_runs(args.run)
+    for name in FIGURES:
+        png = draw(name, runs)
+        if png:
+            files.write_atomic(args.run / f"{name}.png", png)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
