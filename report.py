@@ -1,7 +1,7 @@
 """The tables and the page of a run, from its recorded files alone.
 
     python report.py results/latest             report.md and report.html
-    python report.py --readme README.md         renews README's tables and the reports in assets/
+    python report.py --readme README.md         renews README's table and the reports in assets/
 """
 import base64
 import json
@@ -204,16 +204,13 @@ def html(folder, models):
 
 
 def readme(text, assets):
-    """README.md's text with the tables between its markers renewed."""
+    """README.md's text with the table of `make paper` between its markers renewed."""
     begin, end = "<!-- begin results -->\n", "<!-- end results -->"
     if begin not in text or end not in text:
         raise ValueError(f"the file has no line {begin.strip()} and {end}")
-    parts = []
-    for folder, target in (("paper", "make paper"), ("runs", "make all")):
-        models = read(assets / folder)
-        samples = models["vamp"][0]["samples"]
-        parts.append(f"`{target}`, S = {samples:,}:\n\n{markdown(results(models))}\n")
-    return text.partition(begin)[0] + begin + "\n".join(parts) + end + text.partition(end)[2]
+    keys = "Model", "Recon", "KL", "ELBO", "NLL", "Published NLL"
+    rows = [{key: row[key] for key in keys} for row in results(read(assets / "paper"))]
+    return text.partition(begin)[0] + begin + markdown(rows) + "\n" + end + text.partition(end)[2]
 
 
 @files.friendly
@@ -221,7 +218,7 @@ def main(argv=None):
     p = files.parser(__doc__)
     p.add_argument("run", nargs="?", type=Path,
                    help="folder of evaluated models, or of seed0, seed1, ...")
-    p.add_argument("--readme", type=Path, help="renew this file's tables and --assets' reports")
+    p.add_argument("--readme", type=Path, help="renew this file's table and --assets' reports")
     p.add_argument("--assets", type=Path, default=Path("assets"), help="folder of recorded runs")
     args = p.parse_args(argv)
     if args.readme:

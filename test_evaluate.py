@@ -190,7 +190,7 @@ def test_the_plane_is_the_priors_density_and_its_images():
     mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[-2.0, -4.0]])
     model = SimpleNamespace(prior=models.MixturePrior(mu, logvar), generate=lambda z, generator: z)
     means = uniform(0, 1, 500, 2).float() * torch.tensor([2.0, 6.0]) - torch.tensor([0.0, 5.0])
-    a = evaluate.plane(model, means, points=101, images=8)
+    a = evaluate.plane(model, means, fine=101, coarse=8)
     x0, y0, x1, y1 = a["plane_box"].tolist()
     inside = ((means >= a["plane_box"][:2]) & (means <= a["plane_box"][2:])).all(1)
     assert x1 - x0 == pytest.approx(y1 - y0) and inside.float().mean() > 0.97
@@ -239,7 +239,7 @@ def test_arrays_have_the_names_that_evaluate_lists(record):
 def test_the_history_of_pseudo_inputs_is_in_the_order_of_epochs(record, hwhole):
     epochs, info = [0, 1, 2, 5, 10, 12], load(hwhole)[1]
     assert record[1]["history_epochs"].tolist() == epochs
-    kept = [info[f"history/{epoch}"].numpy() / 255 for epoch in epochs]
+    kept = [info[f"frames/{epoch}"].numpy() / 255 for epoch in epochs]
     np.testing.assert_allclose(record[1]["history"], kept, atol=1e-6)
 
 

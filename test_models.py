@@ -100,6 +100,22 @@ def test_log_mixture_equals_torch_distributions(monkeypatch, tile, less, lead, K
     assert_same(log_mixture(*inputs[:3]), mixture(*inputs[:3]), inputs[:3])     # equal weights
 
 
+@pytest.mark.parametrize("tile", [1024, 4])
+def test_second_derivatives(monkeypatch, tile):
+    monkeypatch.setattr(models, "TILE", tile)
+    inputs = [t.requires_grad_() for t in (randn(5, 3), randn(7, 3, seed=1), randn(7, 3, seed=2))]
+    assert torch.autograd.gradgradcheck(log_mixture, inputs)
+    logits = randn(3, 4, 8).requires_grad_()
+    x = uniform(0, 1, 4, 8).round()
+    assert torch.autograd.gradgradcheck(lambda t: log_bernoulli(x, t), (logits,))
+
+
+@pytest.mark.parametrize("x", [[255.0, 0.0], [-0.1, 1.0], [math.nan, 0.5]])
+def test_log_bernoulli_refuses_what_is_no_probability(x):
+    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+        log_bernoulli(torch.tensor(x), torch.zeros(2))
+
+
 def test_float32_error_of_log_mixture():
     z, mu, logvar = (uniform(low, high, n, 40, seed=n).float()
                      for low, high, n in [(-5, 5, 64), (-5, 5, 500), (-6, 2, 500)])
@@ -204,7 +220,7 @@ def test_samples_and_the_frozen_prior_belong_to_the_density(prior):
 def test_gradients_reach_a_foreign_encoder_the_weights_and_pixels_at_the_bounds():
     prior, net = vamp_prior(learned=True)
     prior.log_prob(randn(50, 3)).sum().backward()
-    assert ((prior.u == 0) | (prior.u == 1)).all()      # torch.clamp would let none of them move
+    assert ((prior.u == 0) | (prior.u == 1)).all()
     assert all((p.grad != 0).all() for p in [*prior.parameters(), *net.parameters()])
 
 
@@ -226,15 +242,27 @@ def test_many_pseudo_inputs_are_encoded_in_blocks_to_the_same_gradients(model, m
 
 
 def test_pseudo_inputs_stay_inside_their_bounds():
-    prior = VampPrior(None, torch.tensor([[-1.0, 0.5, 0.0], [1.0, 2.0, 0.25]]))
+    prior = VampPrior(None, torch.rand(2, 3))
+    prior.u.data.copy_(torch.tensor([[-1.0, 0.5, 0.0], [1.0, 2.0, 0.25]]))
     inside = [[0.0, 0.5, 0.0], [1.0, 1.0, 0.25]]
-    assert prior.pseudo_inputs().tolist() == inside
+    prior.pseudo_inputs().sum().backward()
+    assert prior.pseudo_inputs().tolist() == inside and (prior.u.grad == 1).all()
     prior.project_()
     assert prior.u.tolist() == inside
-    assert (build(Config(x_dim=6, components=3), torch.full((3, 6), 2.0)).prior.u == 1).all()
-    prior = VampPrior(None, torch.tensor([[-1.0, 2.0]]), bounds=None)
+    beyond = torch.tensor([[-1.0, 2.0]])
+    with pytest.raises(ValueError, match="from -1 to 2 are beyond bounds.*None"):
+        VampPrior(None, beyond)
+    prior = VampPrior(None, beyond, bounds=None)
     prior.project_()
     assert prior.pseudo_inputs().tolist() == [[-1.0, 2.0]]
+
+
+def test_an_encoder_that_mixes_images_or_returns_no_pair_is_named():
+    with pytest.warns(UserWarning, match="BatchNorm.*LayerNorm"):
+        VampPrior(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), torch.rand(2, 3))
+    for encoder in (nn.Linear(3, 2), lambda u: (u, u, u), lambda u: td.Normal(u, 1)):
+        with pytest.raises(ValueError, match="must return two tensors, mu and logvar"):
+            VampPrior(encoder, torch.rand(2, 3)).log_prob(torch.rand(5, 3))
 
 
 def test_the_encoder_is_held_once_and_copied_with_its_model():
@@ -411,20 +439,11 @@ def test_work_of_a_step_and_of_an_image_is_that_of_a_count_by_hand(monkeypatch):
     assert image["bound_share"] * image["ours"] == pytest.approx(work)
 
 
-def quick_run(monkeypatch, out, *sections):
-    monkeypatch.setattr(torch, "set_flush_denormal", bool)      # not for the tests that follow
-    bench.main(["--quick", "--out", str(out), "--sections", *sections])
-    return json.loads(out.read_text())["rows"]
-
-
 def test_quick_run_writes_the_record(tmp_path, monkeypatch):
-    rows = quick_run(monkeypatch, tmp_path / "bench.json", "mixture", "step", "likelihood")
+    monkeypatch.setattr(torch, "set_flush_denormal", bool)      # not for the tests that follow
+    bench.main(["--quick", "--out", str(tmp_path / "bench.json")])
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {"mixture", "step", "likelihood"}
     for row in rows:
         assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"] and row["bound_share"] > 0
         assert row["error"] is None or row["error"] < 3     # a wrong form is tens of nats off
-
-
-def test_slow_quick_run_compares_processes(tmp_path, monkeypatch):
-    (row,) = quick_run(monkeypatch, tmp_path / "bench.json", "processes")
-    assert row["plain"] > 0 and row["ours"] > 0 and row["n"] == 3

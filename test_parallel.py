@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -25,17 +24,17 @@ import train
 from test_train import HERE, TINY, assert_same_run, fit, rows, words
 
 FEW = ["--epochs", "3", "--batch-size", "300", "--warmup", "1"]
-# model, prior, K, precision, images of the last batch; of one image a process has none
+# model, prior, K, precision, images of the last batch; of one image two processes have none
 CELLS = [*[(model, prior, 7, "float32", 11) for model in models.MODELS for prior in models.PRIORS],
          ("vae", "vamp", 7, "float32", 1), ("hvae", "vamp", 1, "float32", 11),
          ("vae", "vamp", 7, "bfloat16", 11)]
 
 
 def torchrun(*words, script="test_parallel.py", code=0, flags=()):
-    """Two processes under torchrun; the exit code is checked."""
+    """Three processes under torchrun; the exit code is checked."""
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=localhost",
-         "--nproc-per-node=2", *flags, HERE / script, *map(str, words)],
+         "--nproc-per-node=3", *flags, HERE / script, *map(str, words)],
         capture_output=True, text=True, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == code, done.stderr
     return done
@@ -52,46 +51,48 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """An .npz of 2,600 grey images of 6 x 6. The 260 test images make three blocks."""
+    """An .npz of 3,200 grey images of 6 x 6. The 320 test images make four blocks."""
     path = tmp_path_factory.mktemp("many") / "many.npz"
-    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (2600, 6, 6), dtype=np.uint8))
+    np.savez(path, x=np.random.default_rng(0).integers(0, 256, (3200, 6, 6), dtype=np.uint8))
     return path
 
 
 @pytest.fixture(scope="module")
-def both(many, tmp_path_factory):
-    """A run of two processes, evaluated, and what they found in CELLS."""
-    folder = tmp_path_factory.mktemp("both")
+def three(many, tmp_path_factory):
+    """A folder with what three processes trained, and what they found in CELLS."""
+    folder = tmp_path_factory.mktemp("three")
+    torchrun("die", *words(folder / "killed", many, *FEW), code=1)
+    shutil.copytree(folder / "killed", folder / "left")
     said = torchrun("measure", folder, many).stdout
-    assert said.count("trained 3 epochs") == said.count("NLL") == 1     # one process prints
-    return folder / "run", torch.load(folder / "steps.pt")
+    assert said.count("trained 3 epochs") == 2 and said.count("NLL") == 1   # one process prints
+    return folder, torch.load(folder / "steps.pt")
 
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: "-".join(map(str, cell)))
-def test_two_processes_give_loss_gradients_and_validation_of_one(cell, both):
-    one, two = step(*cell), both[1][CELLS.index(cell)]
+def test_three_processes_give_loss_gradients_and_validation_of_one(cell, three):
+    one, other = step(*cell), three[1][CELLS.index(cell)]
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[cell[3]]
-    assert one["row"] == pytest.approx(two["row"], rel=tolerance)
-    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+    assert one["row"] == pytest.approx(other["row"], rel=tolerance)
+    for a, b in zip(one["gradients"], other["gradients"], strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=tolerance * a.abs().max().item() + 1e-12)
     assert max(g.abs().max() for g in one["gradients"]) > 0
 
 
-def test_each_process_encodes_its_share_of_the_pseudo_inputs(both):
-    encoded = {cell: found["encoded"] for cell, found in zip(CELLS, both[1])}
-    assert encoded["vae", "vamp", 7, "float32", 11] == [[4, 4], [4, 4]]     # 7 and one of padding
-    assert encoded["hvae", "vamp", 1, "float32", 11] == [[1, 1], [1, 1]]
+def test_each_process_encodes_its_share_of_the_pseudo_inputs(three):
+    encoded = {cell: found["encoded"] for cell, found in zip(CELLS, three[1])}
+    assert encoded["vae", "vamp", 7, "float32", 11] == [[3, 3]] * 3     # two steps, at each
+    assert encoded["hvae", "vamp", 1, "float32", 11] == [[1, 1]] * 3
 
 
-def test_each_process_has_noise_of_its_own(both):
-    assert all(found["seeds"][0] != found["seeds"][1] for found in both[1])
+def test_each_process_has_noise_of_its_own(three):
+    assert all(len(set(found["seeds"])) == 3 for found in three[1])
 
 
-def test_evaluation_by_two_processes_writes_the_same_bits(both, tmp_path):
-    alone = Path(shutil.copytree(both[0], tmp_path / "alone"))
-    evaluate.main([str(alone), "--samples", "20", "--device", "cpu"])
+def test_evaluation_by_three_processes_writes_the_same_bits(three, tmp_path):
+    shutil.copytree(three[0] / "run", tmp_path / "run")
+    evaluate.main([str(tmp_path / "run"), "--samples", "20", "--device", "cpu"])
     found = []
-    for count, folder in (2, both[0]), (1, alone):
+    for count, folder in (3, three[0] / "run"), (1, tmp_path / "run"):
         metrics = json.loads((folder / "metrics.json").read_text())
         assert metrics.pop("processes") == count
         del metrics["seconds"], metrics["date"]
@@ -100,27 +101,23 @@ def test_evaluation_by_two_processes_writes_the_same_bits(both, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_killed_process_ends_all_and_the_run_resumes(both, many, tmp_path):
-    out = tmp_path / "run"
-    torchrun("die", *words(out, many, *FEW), code=1)
-    assert len(rows(out)) == 1 and not (out / "model.safetensors").exists()
-    shutil.copytree(out, tmp_path / "alone")
-    torchrun(*words(out, many, *FEW), "--resume", script="train.py")
-    assert_same_run(both[0], out)
-    assert len(rows(fit(tmp_path / "alone", many, *FEW, "--resume"))) == 3      # with other bits
+def test_a_killed_process_ends_all_and_the_run_resumes(three, many):
+    folder = three[0]
+    assert len(rows(folder / "left")) == 1 and not (folder / "left/model.safetensors").exists()
+    assert_same_run(folder / "run", folder / "killed")
+    assert len(rows(fit(folder / "left", many, *FEW, "--resume"))) == 3     # alone, with other bits
 
 
-def test_slow_torchrun_restarts_all_by_itself(both, many, tmp_path):
+def test_slow_torchrun_restarts_all_by_itself(three, many, tmp_path):
     torchrun("die", *words(tmp_path / "run", many, *FEW), flags=["--max-restarts=1"])
-    assert_same_run(both[0], tmp_path / "run")
+    assert_same_run(three[0] / "run", tmp_path / "run")
 
 
-@pytest.mark.parametrize("flags, said", [(["--dataset", "missing.npz"], "missing.npz"),
-                                         (["--lr", "0.5", "--resume"], "lr = 0.003")])
-def test_an_error_of_one_process_ends_all(flags, said, both, many):
-    done = torchrun(*words(both[0], many, *FEW, *flags), script="train.py", code=1)
+def test_an_error_of_one_process_ends_all(three, many):
+    command = words(three[0] / "run", many, *FEW, "--lr", 0.5, "--resume")
+    done = torchrun(*command, script="train.py", code=1)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert errors and said in errors[0]
+    assert "lr = 0.003" in errors[0]
 
 
 # ------------------------------------------------------------------- what torchrun starts here
@@ -143,7 +140,7 @@ def step(model, prior, K, precision, last):
         encoded.append(len(u))
         return encode(self, u)
 
-    def draw(mu, logvar, generator, size=()):       # the same for one process and for two
+    def draw(mu, logvar, generator, size=()):       # the same for any number of processes
         seeds.append(generator.initial_seed() % 2**32)
         return (mu + 0.5 * torch.exp(0.5 * logvar)).expand(*size, *mu.shape)
     with mock.patch.object(models.VampPrior, "_encode", watched), \
@@ -155,8 +152,9 @@ def step(model, prior, K, precision, last):
 
 
 def measure(folder, many):
-    """Trains, evaluates and writes what the tests above compare."""
+    """Trains, resumes what `die` left, evaluates, and writes what the tests above compare."""
     train.main(words(f"{folder}/run", many, *FEW))
+    train.main(words(f"{folder}/killed", many, *FEW, "--resume"))
     parallel.gather(None)       # until the main process has written the model
     evaluate.main([f"{folder}/run", "--samples", "20", "--device", "cpu"])
     steps = [step(*cell) for cell in CELLS]

@@ -5,8 +5,8 @@
     torchrun --standalone --nproc-per-node 2 train.py --prior vamp --out DIR
 
 Writes config.json, log.csv (a row per epoch), last.safetensors (to resume) and, at the end,
-model.safetensors. The noise of an epoch depends on seed, epoch and process alone. So a run that was
-stopped and resumed ends with the same bits as one that was not.
+model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
+these stay the same, a resumed run ends with the same bits as an unbroken one.
 """
 import argparse
 import csv
@@ -40,7 +40,7 @@ SMALL = dict(epochs=40, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_de
 TINY = SMALL | dict(epochs=100)
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 grad_norm seconds").split()
-# settings that may differ on resuming: they say where things are, not what is trained
+# settings that may differ on resuming; another device or number of processes has other noise
 MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes"}
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
@@ -55,7 +55,7 @@ class Diverged(Exception):
 
 
 def parse_args(argv=None):
-    """The flags. A flag of the recipe that is not given is missing: see `apply_recipe`."""
+    """The flags. Recipe flags that the user omits are absent: `apply_recipe` adds them."""
     p = files.parser(__doc__)
     add = p.add_argument
     add("--model", choices=MODELS, default="vae", help="one or two latent layers")
@@ -66,7 +66,8 @@ def parse_args(argv=None):
              "channel; gaussian: a density of floats in [0, 1]")
     add("--hidden", type=int, default=300, help="units of a hidden layer")
     add("--z-dim", type=int, default=40, help="size of each latent layer")
-    add("--recipe", choices=RECIPES, default="default", help="values of the next seven flags")
+    add("--recipe", choices=RECIPES, default="default",
+        help="values of the next seven flags; default and long are the same below 10,000 images")
     recipe = {"pseudo_inputs": "components K of the vamp or mog prior",
               "epochs": "epochs of the whole schedule",
               "batch_size": "images per step",
@@ -77,9 +78,9 @@ def parse_args(argv=None):
     for name, text in recipe.items():
         value = RECIPES["default"][name]
         add("--" + name.replace("_", "-"), type=type(value), default=argparse.SUPPRESS,
-            help=f"{text} (default: the recipe's, {value} for MNIST)")
+            help=f"{text} (default: the recipe's; {value} for MNIST in the default one)")
     add("--full-gradient", action="store_true",
-        help="keep the score of the encoder, whose mean is zero, in the gradient of the KL")
+        help="keep the encoder's score in the gradient of the KL; its mean is zero, it adds noise")
     add("--clip", type=float, default=50.0, help="largest gradient norm; 0: no clipping")
     add("--patience", type=int, default=50,
         help="epochs at beta = 1 without a better validation ELBO before stopping")
@@ -115,7 +116,7 @@ def apply_recipe(args, n_train, dataset):
         values["lr"] /= 2           # at MNIST's rate the HVAE diverged now and then
         values["weight_decay"] *= 2
     given = vars(args)
-    # warm up over at most half of the epochs, so that some train with the full KL
+    # warm up over at most half of the epochs: the others use the full KL
     values["warmup"] = min(values["warmup"], given.get("epochs", values["epochs"]) // 2)
     args = argparse.Namespace(**values | given)
     for name, low in LOWEST.items():
@@ -128,8 +129,8 @@ def check_pixels(data, likelihood):
     """ValueError if the pixels' values do not suit the likelihood."""
     binary = data.binarize != "none" or datasets.is_binary(data.train)
     if likelihood == "bernoulli" and not binary:
-        raise ValueError(f"{data.name} is grey, which has no Bernoulli likelihood: use --likelihood "
-                         "logistic (256 levels) or gaussian, or --binarize dynamic")
+        raise ValueError(f"{data.name} is grey, which has no Bernoulli likelihood: use --binarize "
+                         "dynamic, or --likelihood logistic (256 levels) or gaussian")
     if likelihood != "bernoulli" and binary:
         raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
     if likelihood == "logistic" and data.train.dtype != torch.uint8:
@@ -149,7 +150,7 @@ def has_bfloat16(device):
 
 
 def open_run(out, config, resume):
-    """Locks the run folder and writes config.json. ValueError if it holds a different run."""
+    """Locks the run folder and writes config.json; the lock. ValueError if it may not be used."""
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock", is_singleton=True)   # or a failed call in a notebook keeps it
     try:
@@ -180,7 +181,7 @@ class Run:
     best: dict = dataclasses.field(default_factory=dict)        # weights of the average at its best
     best_epoch: int = 0
     best_elbo: float = -math.inf
-    pseudo_input_history: dict = dataclasses.field(default_factory=dict)    # {epoch: (n, X) uint8}
+    pseudo_input_history: dict = dataclasses.field(default_factory=dict)    # {epoch: (n, D) uint8}
 
     @property
     def epoch(self):
@@ -190,7 +191,7 @@ class Run:
         """Writes all of it: tensors are named group/name, the rest is in the file's metadata."""
         groups = {"model": self.model.state_dict(), "average": self.average.state_dict(),
                   "best": self.best,
-                  "history": {str(epoch): u for epoch, u in self.pseudo_input_history.items()}}
+                  "frames": {str(epoch): u for epoch, u in self.pseudo_input_history.items()}}
         for i, p in enumerate(self.model.parameters()):
             groups[f"optimizer.{i}"] = self.optimizer.state[p]
         tensors = {f"{group}/{name}": t for group, named in groups.items()
@@ -201,7 +202,7 @@ class Run:
     def restore(self, path, device):
         """Goes back to the end of the epoch that `path` holds. ValueError if it does not fit."""
         tensors, info = files.load(path, device)
-        groups = {"best": {}, "history": {}}
+        groups = {"best": {}, "frames": {}}
         for key, t in tensors.items():
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = t
@@ -216,10 +217,10 @@ class Run:
             raise ValueError(f"{path} does not hold this run; delete it to start again ({error})"
                              ) from None
         self.best = groups["best"]
-        self.pseudo_input_history = {int(name): u.cpu() for name, u in groups["history"].items()}
+        self.pseudo_input_history = {int(name): u.cpu() for name, u in groups["frames"].items()}
 
     def track_pseudo_inputs(self, last):
-        """Keeps some of them at epochs 0, 1, 2, 5, 10, 20, 50, ... and the last."""
+        """Keeps some of them at epochs 0, 1, 2, 5, 10, 20, 50, ... and at the schedule's end."""
         shown = self.epoch in (0, last) or str(self.epoch).rstrip("0") in ("1", "2", "5")
         if self.model.config.prior == "vamp" and shown:
             u = self.average.prior.pseudo_inputs()[:N_TRACKED].detach()
@@ -227,25 +228,26 @@ class Run:
 
 
 def start(args, config, data):
-    """A Run before its first epoch. Pseudo-inputs start at training images, the output bias at
-    their mean."""
+    """A Run before its first epoch. Pseudo-inputs start at training images, the output bias at the
+    mean of all."""
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     K = config.components
-    pick = torch.randperm(len(data.train))[:K]
+    pick = torch.randperm(len(data.train))[:K]      # for all priors: equal seeds, equal weights
     u = None
-    if config.prior == "vamp":          # drawn as in a batch, and repeated if there are fewer than K
-        index = pick.repeat(-(-K // len(pick)))[:K]
+    if config.prior == "vamp":          # binarised as in a batch; repeated if fewer than K
+        index = pick[torch.arange(K) % len(pick)]
         u = data.batch(index.to(data.train.device)).cpu()
         u[len(pick):] += 0.01 * torch.randn_like(u[len(pick):])     # or copies would stay equal
+        u.clamp_(0, 1)
     model = build(config, u)
     mean, spread = mean_and_spread(data.train)
     model.set_output_bias(mean.cpu(), spread.cpu())
     model.to(args.device)
     if config.prior == "vamp" and parallel.size() > 1:
-        model.prior.encode_all = parallel.encode
+        model.prior.encode_all = parallel.encode        # each process encodes a share
     average = build(config).to(args.device)
     average.load_state_dict(model.state_dict())
-    own = {id(p) for p in model.prior.parameters()}
+    own = {id(p) for p in model.prior.parameters()}     # without the encoder, which is the model's
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in own]
     others = [p for p in model.parameters() if p.ndim == 1 or id(p) in own]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
@@ -267,7 +269,7 @@ def mean_and_spread(x):
 
 
 def learning_rate(args, progress):
-    """Rises over the first epoch, then falls linearly to zero; progress from 0 to 1."""
+    """Rises over the first epoch, half of it if it is the only one, then falls linearly to zero."""
     rise = min(1, args.epochs / 2) / args.epochs
     if progress < rise:
         return args.lr * (progress / rise)
@@ -275,13 +277,13 @@ def learning_rate(args, progress):
 
 
 def add_up(sums, terms):
-    """Adds the sum of each of the terms, tensors, to the floats in `sums`."""
+    """Adds each term's sum, as a float, to `sums` under the term's name."""
     for name, value in terms.items():
         sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
 
 
 def columns(split, sums, count):
-    """log.csv's columns of a split from its terms' sums: means, nats per image."""
+    """Turns a split's sums over `count` images into log.csv's columns: means in nats per image."""
     means = {name: value / count for name, value in sums.items()}
     means["elbo"] = means["recon"] - means["kl"]
     return {f"{split}_{name}": value for name, value in means.items()}
@@ -289,7 +291,7 @@ def columns(split, sums, count):
 
 @torch.no_grad()
 def validate(model, x, seed):
-    """The val_ columns at beta = 1, one sample an image, with noise fixed by seed and place."""
+    """The val_ columns at beta = 1, one sample an image; its noise depends on seed and place."""
     sums, prior, generator = {}, model.prior.frozen(), torch.Generator(x.device)
     for i, part in enumerate(x.split(1000)):
         if i % parallel.size() == parallel.rank():
@@ -299,21 +301,21 @@ def validate(model, x, seed):
 
 
 def optimizer_step(run, args, step):
-    """Clips, steps, keeps pseudo-inputs in bounds, averages the weights. The gradient's norm."""
+    """Clips, steps, projects pseudo-inputs, averages the weights. The gradient's norm unclipped."""
     parameters = list(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
     if not math.isfinite(norm):
         raise Diverged("a gradient is not finite")
     run.optimizer.step()
     run.model.prior.project_()
-    with torch.no_grad():       # the average is short at first and grows to args.ema
+    with torch.no_grad():       # the decay grows to args.ema, to forget the first weights soon
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(run.average.parameters()), parameters, 1 - decay)
     return norm
 
 
 def train_epoch(run, net, args, data, tick=lambda: None):
-    """One pass over the training images: log.csv's columns of it.
+    """One pass over the training images. Returns its columns of log.csv.
 
     `net` is run.model or its DistributedDataParallel; `tick` is called after each step.
     """
@@ -327,7 +329,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
     for step, index in enumerate(batches):
-        # the last step stops half a step short of the end, where a rate of 0 would waste it
+        # stop half a step before the end: there the rate is 0, which would waste the last step
         now = min(epoch - 1 + (step + 1) / len(batches), args.epochs - 0.5 / len(batches))
         lr = learning_rate(args, now / args.epochs)
         for group in run.optimizer.param_groups:
@@ -346,16 +348,18 @@ def train_epoch(run, net, args, data, tick=lambda: None):
 
 
 def fit(run, args, data, out):
-    """Epochs to the end of the schedule or of the patience; files follow each of them."""
-    net = DistributedDataParallel(run.model) if parallel.size() > 1 else run.model
+    """Trains until the schedule or the patience ends, and writes the files after each epoch."""
     steps = -(-len(data.train) // args.batch_size)
     if not run.epoch:
         run.track_pseudo_inputs(args.epochs)
     with files.Progress(total=args.epochs * steps, initial=run.epoch * steps,
-                        desc=f"{out.name}: training", disable=not parallel.is_main_process()) as bar:
+                        desc=f"{out.name}: training",
+                        disable=not parallel.is_main_process()) as bar:
         while run.epoch < args.epochs:
             if run.best and run.epoch - run.best_epoch >= args.patience:
                 break
+            # anew in each epoch, as after --resume: its buckets decide the order of its sums
+            net = DistributedDataParallel(run.model) if parallel.size() > 1 else run.model
             began = time.perf_counter()
             row = {"epoch": run.epoch + 1, **train_epoch(run, net, args, data, bar.update)}
             row |= validate(run.average, data.val, args.seed)
@@ -406,13 +410,13 @@ def main(argv=None):
     try:
         fit(run, args, data, out)
     except Diverged as error:
-        sys.exit(f"error: {error} in epoch {run.epoch + 1}; try a lower --lr or --clip, or a longer "
-                 "--warmup, with another --out")
+        sys.exit(f"error: {error} in epoch {run.epoch + 1}; try a lower --lr or --clip, or a "
+                 "longer --warmup, with another --out")
     if parallel.is_main_process():
         info = {"config": vars(model_config), "epochs": run.epoch, "best_epoch": run.best_epoch,
                 "train_seconds": sum(row["seconds"] for row in run.history)}
-        history = {f"history/{epoch}": u for epoch, u in run.pseudo_input_history.items()}
-        files.save(out / "model.safetensors", run.best | history, info)
+        frames = {f"frames/{epoch}": u for epoch, u in run.pseudo_input_history.items()}
+        files.save(out / "model.safetensors", run.best | frames, info)
         files.say(f"{out.name}: trained {run.epoch} epochs in {info['train_seconds'] / 60:.1f} "
                   f"minutes; epoch {run.best_epoch} is kept")
 
