@@ -23,7 +23,6 @@ from urllib.request import urlopen
 
 import numpy as np
 import torch
-import torchvision
 
 import files
 
@@ -93,6 +92,7 @@ def draw_once(x, rng):
 
 def read_torchvision(name, folder):
     """One of DATASETS, downloaded if it is not in `folder`. The last 10,000 of train validate."""
+    import torchvision      # here, because it takes seconds
     kind = getattr(torchvision.datasets, DATASETS[name])
     raw = Path(folder) / DATASETS[name] / "raw"
     if not all((raw / file.removesuffix(".gz")).exists() for file, _ in kind.resources):

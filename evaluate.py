@@ -16,10 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import data as datasets
 import files
@@ -166,7 +162,7 @@ def latent_statistics(model, x, generator, draws=5):
         log_pi = model.prior.log_pi()
         if log_pi is None:
             log_pi = torch.full_like(mu[:, 0], -math.log(len(mu)))
-        z = torch.cat([model.latents(part, generator)[layer][0]
+        z = torch.cat([model.latents(part, generator)[model.layers[-1]][0]
                        for _ in range(draws) for part in parts])        # (draws * N, D)
         with torch.enable_grad():       # d log p(z) / d log pi_k is the responsibility of k
             log_pi = log_pi.detach().requires_grad_()
@@ -180,7 +176,8 @@ def latent_statistics(model, x, generator, draws=5):
 
 @torch.no_grad()
 def pictures(model, data, generator, n=48):
-    """Images for the figures, and the training images that are nearest to them."""
+    """Images for the figures, and the training images that are nearest to the first samples."""
+    from sklearn.neighbors import NearestNeighbors      # here, because it takes seconds
     images = datasets.pixels(data.test[:n])
     arrays = {"images": images, "reconstructions": model.reconstruct(images),
               "samples": model.sample(64, generator), "walks": walks(model, images)}
@@ -201,7 +198,7 @@ def walks(model, images, pairs=3, steps=12):
     way = torch.linspace(0, 1, steps, device=images.device)[:, None]
     found = []
     for i in range(0, 2 * min(pairs, len(images) // 2), 2):
-        means = [z for z, _, _ in model.latents(images[i:i + 2]).values()]
+        means = [z for z, _ in model.latents(images[i:i + 2]).values()]
         points = [torch.lerp(*z.split(1), way) for z in means]
         found.append(model.mean_image(model.decode(*points)))
     return torch.stack(found) if found else images.new_zeros(0, steps, images.shape[1])
@@ -238,12 +235,16 @@ def plane(model, means, fine=160, coarse=18):
 def classify(model, data, generator):
     """Test accuracies of two classifiers of the latent means of all layers: a linear probe and 5
     nearest neighbours. Training images are binarised as in training. Empty without classes."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
     n = min(len(data.train), CODED)
     if not data.labels or not 2 <= len(data.labels["train"][:n].unique()) <= CLASSES:
         return {}
 
     def codes(x):
-        return torch.cat([z for z, _, _ in model.latents(x).values()], 1).cpu().numpy()
+        return torch.cat([z for z, _ in model.latents(x).values()], 1).cpu().numpy()
     batches = torch.arange(n, device=data.train.device).split(1000)
     train = np.concatenate([codes(data.batch(index, generator)) for index in batches])
     test = np.concatenate([codes(datasets.pixels(part)) for part in data.test.split(1000)])

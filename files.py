@@ -39,7 +39,7 @@ def load(path, device="cpu"):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             return tensors, json.loads(file.metadata()["info"])
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is damaged, or not a file of this project ({error})") from None

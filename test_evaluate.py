@@ -212,7 +212,7 @@ def test_accuracies_of_codes_that_hold_the_label_and_of_codes_that_do_not(kind, 
     codes = {"all": torch.tensor([[0.0, 0.0], [90.0, 0.0], [0.0, 0.9]])[labels],
              "ring": torch.stack([angle.cos(), angle.sin()], 1) * labels[:, None],
              "none": torch.zeros(1800, 2)}[kind] + 0.02 * noise
-    model = SimpleNamespace(latents=lambda x: {i: (x[:, [i]], None, None) for i in (0, 1)})
+    model = SimpleNamespace(latents=lambda x: {i: (x[:, [i]], None) for i in (0, 1)})
     data = datasets.Data("", "", (1, 2), codes[:1200], codes[:0], codes[1200:],
                          {"train": labels[:1200], "test": labels[1200:].roll(shift)}, "none", "")
     found = evaluate.classify(model, data, seeded(1))

@@ -58,15 +58,15 @@ def test_make_makes_only_what_is_missing_or_measured_otherwise(made, digits):
     assert (vae / "model.safetensors").read_bytes() == weights
 
 
-@pytest.mark.parametrize("word, said", [
-    ("SEED=1", "error: .*vamp was trained with seed = 0, not 1: .*\nmake"),
-    ("DATASET=none.npz", "error: .*No such file .*none.npz'\nmake: "),
-    ("MODELS=vqvae", ".* MODELS has vqvae; .*\n$"),
-    *((f"RUN={name}", ".* RUN must be .*\n$") for name in ("'a b'", "a:b", '"a\'b"', "'a$b'"))])
-def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, word, said):
+@pytest.mark.parametrize("words, said", [
+    ("models SEED=1", "error: .*vamp was trained with seed = 0, not 1: .*\nmake"),
+    ("all DATASET=none.npz", "error: .*No such file .*none.npz'\nmake: "),
+    ("all MODELS=vqvae", ".* MODELS has vqvae; .*\n$"),
+    *((f"all RUN={name}", ".* RUN must .*\n$") for name in ("'a b'", "a:b", '"a\'b"', "'a$b'"))])
+def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, words, said):
     before = {path: path.read_bytes() for path in made[0].rglob("*.*") if path.is_file()}
-    words = f"all RUN={made[0]} DATASET={digits} MODELS=vamp {FLAGS} {word}"
-    assert re.match(said, start(words).communicate()[1])
+    process = start(f"RUN={made[0]} DATASET={digits} MODELS=vamp {FLAGS} {words}")
+    assert re.match(said, process.communicate()[1])
     assert before == {path: path.read_bytes() for path in before}
 
 

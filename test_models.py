@@ -224,23 +224,6 @@ def test_gradients_reach_a_foreign_encoder_the_weights_and_pixels_at_the_bounds(
     assert all((p.grad != 0).all() for p in [*prior.parameters(), *net.parameters()])
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_many_pseudo_inputs_are_encoded_in_blocks_to_the_same_gradients(model, monkeypatch):
-    found, seen = [], []
-    for block in (7, 3):
-        monkeypatch.setattr(models, "BLOCK", block)
-        made = small(model, components=7).double()
-        made.prior.u.data.mul_(3).sub_(1)       # some beyond the bounds
-        encode = made.encoder.forward
-        torch.testing.assert_close(made.prior.components(), encode(made.prior.u.clamp(0, 1)))
-        made.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-        loss = made.terms(uniform(0, 1, 5, 6).round(), generator=seeded(1))["kl"]
-        found.append([loss, *gradients(loss, list(made.parameters()))])
-    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-12)
-    # five images and seven pseudo-inputs; then blocks of three, also in the backward pass
-    assert sorted(seen) == sorted([5, 7] + [5, 3, 3, 1, 3, 3, 1])
-
-
 def test_pseudo_inputs_stay_inside_their_bounds():
     prior = VampPrior(None, torch.rand(2, 3))
     prior.u.data.copy_(torch.tensor([[-1.0, 0.5, 0.0], [1.0, 2.0, 0.25]]))
@@ -297,29 +280,21 @@ def test_path_gradient_is_the_gradient_less_the_score(model, prior):
     ours, x = small(model, prior).double(), uniform(0, 1, 4, 6).round()
     full, path = (ours.terms(x, 1, seeded(3), path_gradient=on) for on in (False, True))
     assert all(torch.equal(full[name], path[name]) for name in full)
-    score = sum(normal(z.detach(), *q) for z, q, _ in ours.latents(x, seeded(3)).values())[None]
+    score = sum(normal(z.detach(), *q) for z, q in ours.latents(x, seeded(3)).values())[None]
     of_full, of_path, of_score = (gradients(value, list(ours.parameters()))
                                   for value in (full["kl"], path["kl"], score))
     torch.testing.assert_close(of_full, tuple(a + b for a, b in zip(of_path, of_score)))
 
 
 @each_cell
-def test_gradients_in_bfloat16_point_where_those_in_float32_do(model, prior):
-    torch.manual_seed(2)
-    ours, x = build(Config(model, prior, components=50)), (torch.rand(64, 784) < 0.3).float()
-    found = []
-    for half in (False, True):
-        with torch.autocast("cpu", torch.bfloat16, half):
-            terms = ours.terms(x, generator=seeded(1), path_gradient=True)
-            latents = ours.encode(x)
-        assert all(value.dtype == torch.float32 for value in (*terms.values(), *latents))
-        loss = (terms["kl"] - terms["recon"]).mean()
-        found.append((loss, torch.autograd.grad(loss, list(ours.parameters()))))
-    (exact, slopes), (value, halved) = found
-    assert value.item() != exact.item() and value.item() == pytest.approx(exact.item(), rel=1e-2)
-    for a, b in zip(slopes, halved):
-        assert torch.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
-        assert (a - b).norm() < 0.15 * a.norm()
+def test_densities_and_latents_stay_float32_under_autocast(model, prior):
+    ours, x = build(Config(model, prior, components=50)), torch.rand(64, 784).round()
+    exact = ours.terms(x, generator=seeded(1))["recon"].mean()
+    with torch.autocast("cpu", torch.bfloat16):
+        terms, latents = ours.terms(x, generator=seeded(1)), ours.encode(x)
+    assert all(value.dtype == torch.float32 for value in (*terms.values(), *latents))
+    assert terms["recon"].mean() != exact
+    torch.testing.assert_close(terms["recon"].mean(), exact, rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize("model, count", [("vae", 1_116_864), ("hvae", 2_431_024)])
@@ -347,9 +322,9 @@ def test_ancestral_samples_and_reconstructions(model, prior):
     torch.testing.assert_close(ours.sample(9, seeded(3)).logit(), plain_decode(ours, *latents))
     for one, two in ((None, None), (seeded(4), seeded(4))):     # the posteriors' means, then draws
         found = ours.latents(x, one)
-        assert tuple(found) == ours.layers and found[ours.layers[-1]][2] is None
-        assert all(torch.equal(z, q[0]) == (one is None) for z, q, _ in found.values())
-        logits = plain_decode(ours, *(z for z, _, _ in found.values()))
+        assert tuple(found) == ours.layers
+        assert all(torch.equal(z, q[0]) == (one is None) for z, q in found.values())
+        logits = plain_decode(ours, *(z for z, _ in found.values()))
         torch.testing.assert_close(ours.reconstruct(x, two).logit(), logits)
 
 
@@ -396,7 +371,7 @@ def test_extremes_give_finite_losses_and_gradients_in_float32(model, prior, leve
 @torch.no_grad()
 def test_models_use_their_likelihood(model, likelihood):
     ours, x = small(model, likelihood=likelihood), torch.randint(0, 256, (4, 6)) / 255
-    outputs = ours.decode(*(z for z, _, _ in ours.latents(x).values()))
+    outputs = ours.decode(*(z for z, _ in ours.latents(x).values()))
     torch.testing.assert_close(ours.reconstruct(x), outputs[:, :6].sigmoid())
     ours.output.weight.zero_()
     ours.output.bias.copy_(torch.tensor([0.0, 2, -3, 1, 0, 0, -9, -1, 5, -2, -3, -4]))
