@@ -96,7 +96,7 @@ $(NAMES:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 
 notebook: $(ENV)  ## runs main.ipynb from top to bottom
 	$(PYTHON) -m pip install --quiet nbconvert ipykernel
-	$(PYTHON) -m jupyter nbconvert --to notebook --execute --inplace main.ipynb
+	$(PYTHON) -m jupyter nbconvert --execute --inplace --ExecutePreprocessor.record_timing=False main.ipynb
 lab: $(ENV)  ## opens main.ipynb
 	$(PYTHON) -m pip install --quiet jupyterlab
 	$(PYTHON) -m jupyterlab main.ipynb

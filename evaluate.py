@@ -22,13 +22,13 @@ import files
 import parallel
 from models import (PRIORS, StandardPrior, build, by_coefficients, draw_normal, log_mixture,
                     mixture_coefficients)
-from plot import ACTIVE
 
 CHUNK = 1000        # samples in one pass of a thread
 WIDE = 25_000       # samples times images in one pass of a GPU
 BLOCK = 100         # images encoded at once, and the unit that is dealt out to processes
 AT_ONCE = {"cpu": 1, "cuda": BLOCK}     # images that a thread works on
 CODED = 50_000      # training images whose codes the classifiers see, at most
+ACTIVE = 0.01       # a unit with a larger variance of its posterior mean is active (Burda et al.)
 CLASSES = 100       # with more classes there is no classifier
 
 
@@ -149,7 +149,7 @@ def latent_statistics(model, x, generator, draws=5):
     """
     parts = [datasets.pixels(part) for part in x.split(1000)]
     means = [model.latents(part) for part in parts]
-    metrics, arrays = {"active_units": {}, "latent_dims": {}}, {}
+    metrics, arrays = {"active_above": ACTIVE, "active_units": {}, "latent_dims": {}}, {}
     for layer in model.layers:
         mu = torch.cat([latents[layer][1][0] for latents in means])     # (N, D)
         variance = mu.double().var(0)                                   # (D,)

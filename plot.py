@@ -28,7 +28,6 @@ LOOKS = {"vae": ("#D55E00", "o"), "vamp": ("#0072B2", "s"), "mog": ("#CC79A7", "
          "hvae": ("#E69F00", "^"), "hvamp": ("#009E73", "D"), "hmog": ("#56B4E9", "P")}
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 NATS = "nats per image"
-ACTIVE = 0.01       # a unit with a larger variance of its posterior mean is active (Burda et al.)
 SHOWN = 6000        # points in a latent space; more hide each other
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")
 
@@ -290,7 +289,8 @@ def active_units(runs):
             texts.append(f"{layer} {kl:.1f}")
             end += kl
         right.text(end, i, "  " + " + ".join(texts), va="center")
-    left.axhline(np.log10(ACTIVE), color="black", lw=0.8, ls="--", label=f"active above {ACTIVE}")
+    line = runs[0].metrics["active_above"]
+    left.axhline(np.log10(line), color="black", lw=0.8, ls="--", label=f"active above {line}")
     left.set(xlabel="latent unit, sorted", ylabel="log10 variance of the posterior mean")
     right.set(yticks=range(len(runs)), yticklabels=[run.label for run in runs],
               xlabel=f"KL of each layer ({NATS})")

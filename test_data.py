@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import shutil
 import socket
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import savemat
 from torchvision.datasets import MNIST
 
@@ -204,23 +206,39 @@ def test_the_last_sixth_validates(tmp_path, monkeypatch, capsys, n, held, levels
         f"(the last {held:,} images of x_train validate)\n")
 
 
-def test_the_documented_recipes_make_the_papers_splits(tmp_path, monkeypatch):
-    """RESULTS.md's code, on small files of those layouts; upright as in the paper's code."""
+def test_the_recipes_of_results(tmp_path, monkeypatch):
+    """RESULTS.md's code on made-up files, without HDF5 and without a download."""
     monkeypatch.chdir(tmp_path)
-    x = np.random.RandomState(0).randint(0, 2, (1965, 784)).astype(np.uint8)
+    x, found = np.random.RandomState(0).randint(0, 2, (1965, 784)).astype(np.uint8), {}
     parts = {"train": x[:20], "val": x[20:26], "valid": x[20:26], "test": x[26:31]}
     savemat("chardata.mat", {"data": x[:1400].T / np.pi, "testdata": parts["test"].T / 1.0})
-    savemat("caltech101_silhouettes_28_split1.mat", {f"{k}_data": x for k, x in parts.items()})
+    savemat("caltech101_silhouettes_28_split1.mat", {f"{k}_data": part for k, part in parts.items()})
     savemat("frey_rawface.mat", {"ff": 255 * x[:, :560].T})
     for name, part in parts.items():
         np.savetxt(f"binarized_mnist_{name}.amat", part, "%d")
-    exec((HERE / "RESULTS.md").read_text().partition("```python\n")[2].partition("```")[0], {})
-    made = [data.load(f"{name}.npz", "", "none") for name in "omniglot caltech static frey".split()]
-    assert [(len(one.train), len(one.val), len(one.test)) for one in made] == [
-        (55, 1345, 5), (20, 6, 5), (20, 6, 5), (1565, 200, 200)]
+    os.mkdir("images")
+    for i, image in enumerate(255 * x[:30].reshape(30, 28, 28)):
+        Image.fromarray(image).save(f"images/{i}.png")
+    np.savetxt("digits.csv", np.insert(255 * x[:30], 0, 7, 1), "%d", ",", header="label, pixels")
+    torch.save(2 * torch.rand(30, 3, 8, 8) - 1, "images.pt")
+    colour = 255 * x[:30].reshape(28, 28, 3, 10)
+    savemat("train_32x32.mat", {"X": colour, "y": np.ones((10, 1))})
+    (tmp_path / "freyfaces.pkl").write_bytes(pickle.dumps(x[:, :560] / 3))
+    for code in re.findall(r"```python\n(.*?)```", (HERE / "RESULTS.md").read_text(), re.S):
+        if "h5py" not in code and "download" not in code:
+            exec(code, {})
+            for name in re.findall(r'savez\("(.*?)"', code):
+                one = data.load(name, "", "none")
+                found.setdefault(name, []).append((len(one.train), len(one.test), *one.image_shape))
+    assert found == {
+        "omniglot.npz": [(55, 5, 28, 28)], "caltech.npz": [(20, 5, 28, 28)],
+        "static.npz": [(20, 5, 28, 28)], "frey.npz": [(1565, 200, 28, 20)] * 2,
+        "images.npz": [(24, 3, 28, 28, 3), (24, 3, 8, 8, 3)], "digits.npz": [(24, 3, 28, 28)],
+        "svhn.npz": [(8, 1, 28, 28, 3)]}
     upright = x[26:31].reshape(-1, 28, 28).transpose(0, 2, 1).reshape(-1, 784)
-    for one, test in zip(made, (upright, 255 - 255 * upright, 255 * x[26:31])):
-        assert np.array_equal(one.test, test)
+    for name, test in (("omniglot", upright), ("caltech", 255 - 255 * upright),
+                       ("static", 255 * x[26:31])):
+        assert np.array_equal(data.load(f"{name}.npz", "", "none").test, test)
 
 
 @pytest.mark.parametrize("arrays, words", [

@@ -12,7 +12,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -298,23 +297,6 @@ def test_ctrl_c_ends_at_once_without_a_traceback(whole, digits, tmp_path, monkey
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
     assert_same_run(whole, fit(tmp_path / "run", digits, "--resume"))
-
-
-def test_slow_twenty_kills_from_outside(digits, tmp_path):
-    flags, out = ["--epochs", 60, "--resume"], tmp_path / "run"
-    whole, command = fit(tmp_path / "whole", digits, *flags), words(out, digits, *flags)
-    for kill in range(20):
-        (out / ".lock").unlink(missing_ok=True)     # a killed process leaves it
-        process = subprocess.Popen([sys.executable, "train.py", *command], cwd=HERE)
-        while not (out / ".lock").exists() and process.poll() is None:
-            time.sleep(0.01)
-        time.sleep(0.15 * kill)
-        process.kill()
-        process.wait()
-        if (out / "model.safetensors").exists():
-            assert_same_run(whole, out)
-            shutil.rmtree(out)
-    assert_same_run(whole, fit(out, digits, *flags))
 
 
 def test_the_folder_of_another_run(whole, digits, tmp_path):

@@ -9,9 +9,7 @@ model.safetensors. The noise of an epoch depends on seed, epoch, device and numb
 these stay the same, a resumed run ends with the same bits as an unbroken one.
 """
 import argparse
-import csv
 import dataclasses
-import io
 import json
 import math
 import sys
@@ -45,10 +43,6 @@ MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "proce
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
 N_TRACKED = 16      # pseudo-inputs whose values in the course of training are kept for a figure
-
-
-class Diverged(Exception):
-    """A gradient is not finite."""
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -305,7 +299,8 @@ def optimizer_step(run, args, step):
     parameters = list(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
     if not math.isfinite(norm):
-        raise Diverged("a gradient is not finite")
+        raise ValueError(f"a gradient is not finite in epoch {run.epoch + 1}: try a lower --lr or "
+                         "--clip, or a longer --warmup, with another --out")
     run.optimizer.step()
     run.model.prior.project_()
     with torch.no_grad():       # the decay grows to args.ema, to forget the first weights soon
@@ -378,11 +373,9 @@ def fit(run, args, data, out):
 
 
 def write_log(path, history):
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    files.write_atomic(path, text.getvalue())
+    lines = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in history)]
+    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    files.write_atomic(path, text)
 
 
 @files.friendly
@@ -407,11 +400,7 @@ def main(argv=None):
     run = start(args, model_config, data)
     if (out / "last.safetensors").exists():
         run.restore(out / "last.safetensors", args.device)
-    try:
-        fit(run, args, data, out)
-    except Diverged as error:
-        sys.exit(f"error: {error} in epoch {run.epoch + 1}; try a lower --lr or --clip, or a "
-                 "longer --warmup, with another --out")
+    fit(run, args, data, out)
     if parallel.is_main_process():
         info = {"config": vars(model_config), "epochs": run.epoch, "best_epoch": run.best_epoch,
                 "train_seconds": sum(row["seconds"] for row in run.history)}
