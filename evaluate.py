@@ -40,14 +40,14 @@ def importance_terms(model, x, S, generator=None, tick=lambda n: None):
     """Importance-sampling estimates in nats, one per image: {name: (N,) float64 on the CPU}.
 
     log_px = logsumexp_s log_w - log S, a lower bound on log p(x) (Burda et al., 2016, eq. 8);
-    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise depends on
-    `generator`, the device and an image's place alone: not on threads, not on processes.
+    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise of an
+    image depends on `generator`, S, its index and the device, never on threads or processes.
     `tick(n)` is called after each n images of this process.
     """
     x = checked(x, model.config.likelihood)
     base = torch.randint(2**62, (), generator=generator).item()
     threads, at_once = torch.get_num_threads(), AT_ONCE[x.device.type]
-    torch.set_num_threads(1)        # one thread an image is faster than all in a small product
+    torch.set_num_threads(1)        # one thread per image is faster than all in small products
     try:
         prior, result = model.prior.frozen(), {}
         with ThreadPoolExecutor(threads if at_once == 1 else 1) as pool:
@@ -117,8 +117,8 @@ def image_terms(model, prior, S, x, inferred, seed):
 class CenteredMixture:
     """A frozen mixture prior for z near `center` (D,), such as samples of one posterior.
 
-    The expanded squares of nearby components are then small. So float32 is precise enough, and it
-    halves the work of log_mixture.
+    Expanding the squares around it keeps the terms of nearby components small. So float32 suffices
+    and costs half of log_mixture.
     """
 
     def __init__(self, prior, center):
@@ -151,7 +151,7 @@ def latent_statistics(model, x, generator, draws=5):
     means = [model.latents(part) for part in parts]
     metrics, arrays = {"active_above": ACTIVE, "active_units": {}, "latent_dims": {}}, {}
     for layer in model.layers:
-        mu = torch.cat([latents[layer][1][0] for latents in means])     # (N, D)
+        mu = torch.cat([latents[layer][0] for latents in means])     # (N, D)
         variance = mu.double().var(0)                                   # (D,)
         metrics["active_units"][layer] = int((variance > ACTIVE).sum())
         metrics["latent_dims"][layer] = len(variance)
@@ -281,7 +281,7 @@ def evaluate(model, data, S, tick=lambda n: None):
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
     if config.likelihood == "logistic":     # the usual unit for 256 grey levels
         metrics["bits_per_dim"] = mean_se(-terms["log_px"] / (x.shape[1] * math.log(2)))
-    # arrays.npz: N images of D pixels, L latents a layer, K components, E epochs; 48 is at most 48
+    # arrays.npz: N images of D pixels, L latents a layer, K components, E epochs (sizes are maxima)
     #   elbo, log_px, recon, kl, kl1, kl2 (N,)    labels (N,)               image_shape (2,) or (3,)
     #   variance_z, variance_z1, variance_z2 (L,)           latent_means (N, L), of the top layer
     #   component_mu (K, L)                       component_use (K,)
@@ -341,7 +341,8 @@ def main(argv=None):
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
     data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)
-    with files.Progress(total=len(parallel.share(data.test)), desc=f"{name}: likelihood",
+    own = BLOCK * len(range(parallel.rank() * BLOCK, len(data.test), parallel.size() * BLOCK))
+    with files.Progress(total=min(own, len(data.test)), desc=f"{name}: likelihood",
                         disable=not parallel.is_main_process()) as bar:
         metrics, arrays = evaluate(model, data, args.samples, bar.update)
     if not parallel.is_main_process():

@@ -6,7 +6,7 @@
 
 Writes config.json, log.csv (a row per epoch), last.safetensors (to resume) and, at the end,
 model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
-these stay the same, a resumed run ends with the same bits as an unbroken one.
+these stay the same, a resumed run on the same machine ends with the bits of an unbroken one.
 """
 import argparse
 import dataclasses
@@ -144,9 +144,9 @@ def has_bfloat16(device):
 
 
 def open_run(out, config, resume):
-    """Locks the run folder and writes config.json; the lock. ValueError if it may not be used."""
+    """Locks the run folder, writes config.json, returns the lock. ValueError if it is unusable."""
     out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock", is_singleton=True)   # or a failed call in a notebook keeps it
+    lock = FileLock(out / ".lock", is_singleton=True)   # so a notebook can retry after an error
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -226,7 +226,7 @@ def start(args, config, data):
     mean of all."""
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     K = config.components
-    pick = torch.randperm(len(data.train))[:K]      # for all priors: equal seeds, equal weights
+    pick = torch.randperm(len(data.train))[:K]
     u = None
     if config.prior == "vamp":          # binarised as in a batch; repeated if fewer than K
         index = pick[torch.arange(K) % len(pick)]
@@ -324,7 +324,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     batches = order.split(args.batch_size)
     sums, norms = {}, 0.0
     for step, index in enumerate(batches):
-        # stop half a step before the end: there the rate is 0, which would waste the last step
+        # the last step takes the rate of half a step earlier: its own would be zero
         now = min(epoch - 1 + (step + 1) / len(batches), args.epochs - 0.5 / len(batches))
         lr = learning_rate(args, now / args.epochs)
         for group in run.optimizer.param_groups:
@@ -353,7 +353,7 @@ def fit(run, args, data, out):
         while run.epoch < args.epochs:
             if run.best and run.epoch - run.best_epoch >= args.patience:
                 break
-            # anew in each epoch, as after --resume: its buckets decide the order of its sums
+            # anew each epoch, as after --resume: its gradient buckets set the order of sums
             net = DistributedDataParallel(run.model) if parallel.size() > 1 else run.model
             began = time.perf_counter()
             row = {"epoch": run.epoch + 1, **train_epoch(run, net, args, data, bar.update)}
