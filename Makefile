@@ -50,7 +50,7 @@ ENV := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
 LINK = [ $(notdir $1) = latest ] || ln -sfn $(notdir $1) $(dir $1)latest
 all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
-	@$(PYTHON) data.py --dataset "$(DATASET)" --data-dir "$(DATA_DIR)"
+	@$(PYTHON) data.py --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" > /dev/null
 	@OMP_NUM_THREADS=$(THREADS) $(MAKE) -j$(JOBS) models
 	@$(PYTHON) plot.py $(RUN)
 	@$(call LINK,$(RUN))

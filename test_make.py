@@ -110,11 +110,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_an_error_that_nobody_expects_keeps_its_traceback():
-    with pytest.raises(KeyError):
-        files.friendly(lambda: {}["x"])()
-
-
 def test_files_plot_and_report_do_not_import_torch():
     code = "import files, plot, report, sys; sys.exit('torch' in sys.modules)"
     run([sys.executable, "-c", code], cwd=HERE, check=True)

@@ -12,7 +12,6 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -393,6 +392,7 @@ def main(argv=None):
                            "processes": parallel.size()}
     if parallel.is_main_process():
         lock = open_run(out, config, args.resume or parallel.restarted())   # held until the end
+        files.say(f"{out.name}: {data}")
     if (out / "model.safetensors").exists():
         if parallel.is_main_process():
             files.say(f"{out.name}: trained already")
