@@ -39,15 +39,16 @@ CLASSES = 100       # with more classes there is no classifier
 def importance_terms(model, x, S, generator=None, tick=lambda n: None):
     """Importance-sampling estimates in nats, one per image: {name: (N,) float64 on the CPU}.
 
-    log_px = logsumexp_s log_w - log S, a lower bound on log p(x) (Burda et al., 2016, eq. 8);
+    log_px = logsumexp_s log_w - log S, in expectation below log p(x) (Burda et al., 2016, eq. 8);
     elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise of an
-    image depends on `generator`, S, its index and the device, never on threads or processes.
+    image depends on `generator`, S, its index and, on a GPU, its block's size: never on threads or
+    processes.
     `tick(n)` is called after each n images of this process.
     """
     x = checked(x, model.config.likelihood)
     base = torch.randint(2**62, (), generator=generator).item()
     threads, at_once = torch.get_num_threads(), AT_ONCE[x.device.type]
-    torch.set_num_threads(1)        # one thread per image is faster than all in small products
+    torch.set_num_threads(1)        # small products: a thread per image beats sharing each
     try:
         prior, result = model.prior.frozen(), {}
         with ThreadPoolExecutor(threads if at_once == 1 else 1) as pool:
@@ -132,7 +133,7 @@ class CenteredMixture:
 
 
 def log_likelihood(model, x, S, generator=None):
-    """A lower bound on log p(x) in nats by S importance samples: x (N, D) -> (N,) float64.
+    """log p(x) in nats by S importance samples, in expectation below it: x (N, D) -> (N,) float64.
     ValueError if x does not suit the model's likelihood. `generator` must be on the CPU."""
     return importance_terms(model, x, S, generator)["log_px"]
 

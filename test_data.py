@@ -212,7 +212,7 @@ def test_the_recipes_of_results(tmp_path, monkeypatch):
     x, found = np.random.RandomState(0).randint(0, 2, (1965, 784)).astype(np.uint8), {}
     parts = {"train": x[:20], "val": x[20:26], "valid": x[20:26], "test": x[26:31]}
     savemat("chardata.mat", {"data": x[:1400].T / np.pi, "testdata": parts["test"].T / 1.0})
-    savemat("caltech101_silhouettes_28_split1.mat", {f"{k}_data": part for k, part in parts.items()})
+    savemat("caltech101_silhouettes_28_split1.mat", {f"{k}_data": y for k, y in parts.items()})
     savemat("frey_rawface.mat", {"ff": 255 * x[:, :560].T})
     for name, part in parts.items():
         np.savetxt(f"binarized_mnist_{name}.amat", part, "%d")

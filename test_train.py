@@ -257,7 +257,8 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(faces):
 
 def test_test_images_do_not_enter_training(whole, digits, tmp_path, monkeypatch):
     real = datasets.load
-    monkeypatch.setattr(datasets, "load", lambda *args: dataclasses.replace(real(*args), test=None))
+    none = torch.zeros(0, 64)
+    monkeypatch.setattr(datasets, "load", lambda *args: dataclasses.replace(real(*args), test=none))
     assert_same_run(whole, fit(tmp_path / "run", digits))
 
 
@@ -373,10 +374,3 @@ def test_flags_that_cannot_be_are_refused_and_nothing_is_written(kind, flags, sa
                                  "floats": x[..., 0], "colour": np.uint8(255 * x)}[kind])
     refused(lambda: fit(tmp_path / "run", tmp_path / "x.npy", *flags.split()), said)
     assert not (tmp_path / "run").exists()
-
-
-def test_every_flag_has_help(capsys):
-    with pytest.raises(SystemExit):
-        train.parse_args(["--help"])
-    options = capsys.readouterr().out.split("\n  --")[1:]
-    assert len(options) > 20 and all(len(option.partition(" ")[2]) > 15 for option in options)

@@ -294,7 +294,7 @@ def validate(model, x, seed):
 
 
 def optimizer_step(run, args, step):
-    """Clips, steps, projects pseudo-inputs, averages the weights. The gradient's norm unclipped."""
+    """Clips, steps, projects pseudo-inputs, averages the weights. Returns the unclipped norm."""
     parameters = list(run.model.parameters())
     norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
     if not math.isfinite(norm):
@@ -352,7 +352,7 @@ def fit(run, args, data, out):
         while run.epoch < args.epochs:
             if run.best and run.epoch - run.best_epoch >= args.patience:
                 break
-            # anew each epoch, as after --resume: its gradient buckets set the order of sums
+            # rebuilt each epoch, as --resume does: DDP's gradient buckets set the order of sums
             net = DistributedDataParallel(run.model) if parallel.size() > 1 else run.model
             began = time.perf_counter()
             row = {"epoch": run.epoch + 1, **train_epoch(run, net, args, data, bar.update)}
@@ -364,7 +364,7 @@ def fit(run, args, data, out):
                 run.best = {name: t.clone() for name, t in run.average.state_dict().items()}
             run.track_pseudo_inputs(args.epochs)
             if parallel.is_main_process():
-                write_log(out / "log.csv", run.history)     # first: a kill between loses no row
+                write_log(out / "log.csv", run.history)     # first, or a kill could lose a row
                 run.save(out / "last.safetensors")
             bar.set_postfix_str(f"epoch {run.epoch}, val ELBO {row['val_elbo']:.2f}", refresh=False)
     if not run.best:        # shorter than the warm-up: the last weights are all there is
