@@ -57,7 +57,7 @@ all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
 	@$(PYTHON) report.py $(RUN)
 vae vamp mog hvae hvamp hmog:  ## one model alone
 	@$(MAKE) all MODELS=$@
-quick:  ## the same chain in two minutes: two epochs, few pseudo-inputs and samples
+quick:  ## the same chain in a few minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) RECIPE=quick SAMPLES=$(or $(SAMPLES),20) \
 	  EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
 plane:  ## the picture at the head of the README: three priors of two latents, 20 minutes
