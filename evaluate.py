@@ -236,10 +236,7 @@ def plane(model, means, fine=160, coarse=18):
 def classify(model, data, generator):
     """Test accuracies of two classifiers of the latent means of all layers: a linear probe and 5
     nearest neighbours. Training images are binarised as in training. Empty without classes."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.neighbors import KNeighborsClassifier
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+    from sklearn import linear_model, neighbors, pipeline, preprocessing
     n = min(len(data.train), CODED)
     if not data.labels or not 2 <= len(data.labels["train"][:n].unique()) <= CLASSES:
         return {}
@@ -250,8 +247,9 @@ def classify(model, data, generator):
     train = np.concatenate([codes(data.batch(index, generator)) for index in batches])
     test = np.concatenate([codes(datasets.pixels(part)) for part in data.test.split(1000)])
     y, y_test = data.labels["train"][:n].cpu().numpy(), data.labels["test"].cpu().numpy()
-    probe = make_pipeline(StandardScaler(), LogisticRegression(C=5000 / n, max_iter=1000))
-    neighbours = KNeighborsClassifier(min(5, n))
+    logistic = linear_model.LogisticRegression(C=5000 / n, max_iter=1000)
+    probe = pipeline.make_pipeline(preprocessing.StandardScaler(), logistic)
+    neighbours = neighbors.KNeighborsClassifier(min(5, n))
     return {"probe_accuracy": probe.fit(train, y).score(test, y_test),
             "knn_accuracy": neighbours.fit(train, y).score(test, y_test)}
 
