@@ -167,26 +167,22 @@ def likelihood(quick, rates):
                       lambda: net.terms(x, S), error.abs().item())      # counted in this thread
 
 
-SECTIONS = {"mixture": mixture, "step": step, "likelihood": likelihood}
-
-
 @files.friendly
 def main(argv=None):
     torch.set_flush_denormal(True)      # as train.py and evaluate.py do, for both forms
     p = files.parser(__doc__)
     p.add_argument("--out", metavar="FILE.json", help="where the record goes, besides the terminal")
     p.add_argument("--quick", action="store_true", help="tiny sizes: does it run?")
-    p.add_argument("--sections", nargs="+", choices=SECTIONS, default=[*SECTIONS])
     args = p.parse_args(argv)
     torch.manual_seed(0)
     rates, rows, size = {}, [], 256 if args.quick else 2048
     for kind in ("float32", "bfloat16") if train.has_bfloat16("cpu") else ("float32",):
         a = torch.randn(size, size).to(getattr(torch, kind))
         rates[kind] = 2 * size**3 / min(timeit(lambda: a @ a, number=1) for _ in range(6))
-    for name in args.sections:
-        for found in SECTIONS[name](args.quick, rates):
+    for section in mixture, step, likelihood:
+        for found in section(args.quick, rates):
             numbers = [f"{k} {v:.3g}" for k, v in found.items() if isinstance(v, (int, float))]
-            files.say(f"{name}: {found['case']}: {', '.join(numbers)}")
+            files.say(f"{found['section']}: {found['case']}: {', '.join(numbers)}")
             rows.append(found)
     record = {"machine": platform.platform(), "cores": os.cpu_count(), "torch": torch.__version__,
               "threads": torch.get_num_threads(), "flop_per_second": rates, "rows": rows}

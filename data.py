@@ -261,7 +261,7 @@ def as_levels(parts):
 
 
 def as_classes(parts):
-    """Labels as integers (N,); those of other types are numbered in their order."""
+    """Labels as integers (N,); other labels are numbered in sorted order."""
     ends = np.cumsum([len(part) for part in parts])[:-1]
     labels = np.concatenate([part.reshape(-1) for part in parts])
     if labels.dtype.kind not in "iu":

@@ -336,7 +336,8 @@ def main(argv=None):
     if args.samples < 1 or (args.images is not None and args.images < 1):
         p.error("--samples and --images must be at least 1")
     parallel.start(args.device)
-    model, info, data, config = load_run(args.run, args.device, args.data_dir, args.dataset)
+    model, info, data, config = parallel.main_first(
+        lambda: load_run(args.run, args.device, args.data_dir, args.dataset))
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
     data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)

@@ -73,12 +73,11 @@ def total(sums):
 
 def main_first(function):
     """function() at process 0, then at the others, which find what it downloaded."""
-    if is_main_process():
-        result = function()
-    if size() > 1:
-        dist.barrier()
     if not is_main_process():
-        result = function()
+        dist.barrier()
+    result = function()
+    if is_main_process() and size() > 1:
+        dist.barrier()
     return result
 
 

@@ -62,7 +62,7 @@ def test_a_centered_mixture_is_the_mixture(learned, reach, low, high, bound):
 
 @pytest.mark.parametrize("kind, n", [("whole", 1), ("hwhole", 1), ("grey", 1), ("hwhole", 4)])
 def test_likelihood_equals_the_plain_estimate(kind, n, request, monkeypatch):
-    """The noise is that of the images' place. n = 4: several images at once, as on a GPU."""
+    """Both use the same noise for each image. With n = 4, images come in blocks, as on a GPU."""
     monkeypatch.setattr(evaluate, "AT_ONCE", {"cpu": n})
     monkeypatch.setattr(evaluate, "WIDE", 1000 * n)
     monkeypatch.setattr(evaluate, "BLOCK", 4)

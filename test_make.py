@@ -160,6 +160,10 @@ def test_claims_of_results_are_those_of_the_records():
         assert m["nll"]["mean"] < report.PUBLISHED["mnist"][m["model"], m["prior"]]
         assert m["epochs"] == 420 and m.get("components", 500) == 500
         assert float(last["train_elbo"]) - float(last["val_elbo"]) > 1.9
+    seconds = json.loads((HERE / "assets/runs-float32/time.json").read_text())["seconds"]
+    models = [seeds[0] for seeds in report.read(HERE / "assets/runs").values()]
+    short = sum(m["train_seconds"] + m["seconds"]["all"] for m in models) / 2   # two at a time
+    assert short < 30 * 60 < seconds < 60 * 60 and models[0]["epochs"] == 340   # README's times
     for folder, gain in (("runs", 3), ("fashion", 14)):     # "more units stay active"
         models = report.read(HERE / "assets" / folder)
         vae, vamp = (models[name][0]["active_units"]["z"] for name in ("vae", "vamp"))
