@@ -138,7 +138,7 @@ def step(quick, rates):
     """An epoch of one step. Plain: float32, torch's Adam, no clipping, no averaged weights."""
     for (model, prior), (precision, rate) in itertools.product(CELLS, rates.items()):
         args = train.parse_args(["--out", "none", "--device", "cpu", "--precision", precision])
-        args = train.apply_recipe(args, 50_000, "mnist")
+        vars(args).update(train.RECIPES["default"])
         x = torch.randint(0, 256, (10 if quick else args.batch_size, 784), dtype=torch.uint8)
         data = datasets.Data("noise", "", (28, 28), x, x, x, {}, "dynamic", "")
         config = Config(model, prior, **(SMALL if quick else {}))

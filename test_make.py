@@ -13,7 +13,8 @@ import torch
 import files
 import report
 import train
-from test_train import HERE, TINY, assert_same_run, digits, fit, whole      # noqa: F401
+from test_train import (HERE, TINY, assert_same_run, digits, fit, images_of,    # noqa: F401
+                        whole)
 
 FLAGS = (f"SAMPLES=20 EPOCHS=4 THREADS={torch.get_num_threads()} "
          f"TRAIN_FLAGS='{' '.join(TINY).replace('--epochs 4 ', '')}'")
@@ -182,7 +183,7 @@ def test_recorded_runs_are_those_that_make_makes():
     text = start("-n all DATASET=mnist").communicate()[0].replace('"', "").replace("\\\n", "")
     for path in (HERE / "assets" / "runs").glob("*/config.json"):
         (flags,) = re.findall(rf" train\.py (.*/{path.parent.name}) --resume", text)
-        args = vars(train.apply_recipe(train.parse_args(flags.split()), 50_000, "mnist"))
+        args = vars(train.apply_recipe(train.parse_args(flags.split()), images_of("mnist")))
         recorded = json.loads(path.read_text())["args"]
         for key in (args.keys() & recorded.keys()) - train.MAY_CHANGE - {"precision"}:
             assert args[key] == recorded[key], (path, key)

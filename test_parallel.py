@@ -119,10 +119,10 @@ def test_slow_torchrun_restarts_all_by_itself(three, many, tmp_path):
 def step(model, prior, K, precision, last):
     """An epoch's row and its last gradients, among other things. The learning rate is zero."""
     flags = f"--pseudo-inputs {K} --lr 0 --precision {precision} --clip 0".split()
-    args = train.apply_recipe(train.parse_args([*TINY, *flags]), 100, "")
     x = torch.rand(20 + last, 9, generator=torch.Generator().manual_seed(3))
     val = torch.rand(2500, 9, generator=torch.Generator().manual_seed(4))       # three batches
     data = datasets.Data("", "", (3, 3), x, val, val, {}, "none", "")
+    args = train.apply_recipe(train.parse_args([*TINY, *flags]), data)
     run = train.start(args, models.Config(model, prior, 9, 16, 4, K, True), data)
     for p in run.model.prior.parameters():      # first values are too equal to show errors
         p.data = torch.rand(p.shape, generator=torch.Generator().manual_seed(5))

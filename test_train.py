@@ -182,6 +182,20 @@ def test_the_reference_case_leaves_nothing_out(digits, tmp_path):
     assert not torch.equal(last["model/output.bias"], last["average/output.bias"])
 
 
+def images_of(name, n=50_000, n_pixels=784):
+    """A Data with such training images, without values."""
+    x = torch.empty(n, n_pixels, dtype=torch.uint8, device="meta")
+    return datasets.Data(name, "", (1, n_pixels), x, x, x, {}, "dynamic", "")
+
+
+@pytest.mark.parametrize("n_pixels, highest", [
+    (9, 0.012), (784, 0.012), (32 * 32 * 3, 0.012 * 784 / 3072), (49152, 0.012 * 784 / 49152)])
+def test_large_images_get_a_lower_rate(n_pixels, highest):
+    for n, rate in (50_000, 0.012), (1000, 0.003):
+        args = train.apply_recipe(train.parse_args([]), images_of("own", n, n_pixels))
+        assert args.lr == pytest.approx(min(rate, highest))
+
+
 @pytest.mark.parametrize("flags, n_train, dataset, own", [
     ("", 50_000, "mnist", {}), ("--recipe long", 10_000, "mnist", {}),
     ("", 9_999, "mnist", train.SMALL), ("", 3_000, "mnist", train.SMALL),
@@ -192,7 +206,8 @@ def test_the_reference_case_leaves_nothing_out(digits, tmp_path):
 def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, dataset, own):
     args = train.parse_args([*flags.split(), "--ema", "0.5"])
     wanted = train.RECIPES[args.recipe] | own | {"ema": 0.5}
-    assert wanted.items() <= vars(train.apply_recipe(args, n_train, dataset)).items()
+    found = train.apply_recipe(args, images_of(dataset, n_train))
+    assert wanted.items() <= vars(found).items()
 
 
 @pytest.mark.parametrize("cpuinfo, found", [
@@ -244,7 +259,7 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(faces):
     data = datasets.load(str(faces), binarize="none")
     args = train.parse_args(["--likelihood", "logistic", "--device", "cpu"])
     config = models.Config(x_dim=560, components=250, likelihood="logistic")
-    run = train.start(train.apply_recipe(args, 100, "faces"), config, data)
+    run = train.start(train.apply_recipe(args, data), config, data)
     torch.manual_seed(0)
     wanted = data.train[torch.randperm(100).repeat(3)[:250]] / 255      # there are only 100 images
     u = run.model.prior.u.detach()
@@ -260,6 +275,24 @@ def test_test_images_do_not_enter_training(whole, digits, tmp_path, monkeypatch)
     none = torch.zeros(0, 64)
     monkeypatch.setattr(datasets, "load", lambda *args: dataclasses.replace(real(*args), test=none))
     assert_same_run(whole, fit(tmp_path / "run", digits))
+
+
+def test_a_run_can_start_from_trained_weights(whole, digits, tmp_path):
+    kept, found = (load(out)[0].state_dict() for out in (
+        whole, fit(tmp_path / "run", digits, "--init-from", whole, "--lr", 0)))
+    assert all(torch.equal(kept[name], found[name]) for name in kept)
+    refused(lambda: fit(tmp_path / "other", digits, "--init-from", whole, "--hidden", 8), "another")
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_model_below_the_mean_image_is_told_so(digits, tmp_path, capsys):
+    data = datasets.load(str(digits))
+    p = (data.train / 255).mean(0).clamp(0.01, 0.99)
+    floor = torch.distributions.Bernoulli(p).log_prob(data.val / 255).sum(1).mean().item()
+    fit(tmp_path / "run", digits, "--lr", 0)
+    assert f"below the {floor:.2f} of the mean image" in capsys.readouterr().out
+    fit(tmp_path / "trained", digits, "--epochs", 60, "--lr", 0.02)
+    assert "mean image" not in capsys.readouterr().out
 
 
 def killed_at(moment, out, data, monkeypatch, *flags):

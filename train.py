@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import data as datasets
 import files
 import parallel
-from models import LIKELIHOODS, MODELS, PRIORS, Config, build
+from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters
 
 # Values of the flags that are not given, and what small data sets need instead: they have few steps
 # in an epoch, and overfit sooner.
@@ -82,6 +82,7 @@ def parse_args(argv=None):
         help="of training's matrix products; auto: bfloat16 where the processor has it")
     add("--device", choices=("cpu", "cuda"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--init-from", metavar="RUN", help="start from the weights of a finished run")
     add("--out", help="run folder (default: results/<time>/<name of the model>)")
     add("--resume", action="store_true", help="continue a run that is in --out, else start one")
     datasets.add_arguments(p)
@@ -96,18 +97,20 @@ def parse_args(argv=None):
     return args
 
 
-def apply_recipe(args, n_train, dataset):
+def apply_recipe(args, data):
     """The flags, with the recipe's values where none was given. ValueError if one is too low."""
-    values = dict(RECIPES[args.recipe])
+    values, (n_train, n_pixels) = dict(RECIPES[args.recipe]), data.train.shape
     if args.recipe == "quick":
         pass
     elif n_train < 3_000:
         values |= TINY
     elif n_train < 10_000:
         values |= SMALL
-    elif dataset == "fashion" and args.likelihood == "bernoulli":
+    elif data.name == "fashion" and args.likelihood == "bernoulli":
         values["lr"] /= 2           # at MNIST's rate the HVAE diverged now and then
         values["weight_decay"] *= 2
+    # a step changes the first layer's sums in proportion to the rate and to the number of pixels
+    values["lr"] = min(values["lr"], RECIPES["default"]["lr"] * (784 / n_pixels))
     given = vars(args)
     # warm up over at most half of the epochs: the others use the full KL
     values["warmup"] = min(values["warmup"], given.get("epochs", values["epochs"]) // 2)
@@ -233,8 +236,12 @@ def start(args, config, data):
         u[len(pick):] += 0.01 * torch.randn_like(u[len(pick):])     # or copies would stay equal
         u.clamp_(0, 1)
     model = build(config, u)
-    mean, spread = mean_and_spread(data.train)
-    model.set_output_bias(mean.cpu(), spread.cpu())
+    model.set_output_bias(*(t.cpu() for t in mean_and_spread(data.train)))
+    if args.init_from:
+        trained, _ = files.load_model(Path(args.init_from) / "model.safetensors", build)
+        if trained.config != config:
+            raise ValueError(f"{args.init_from} holds another model, {trained.config}")
+        model.load_state_dict(trained.state_dict())
     model.to(args.device)
     if config.prior == "vamp" and parallel.size() > 1:
         model.prior.encode_all = parallel.encode        # each process encodes a share
@@ -247,6 +254,14 @@ def start(args, config, data):
                                    {"params": others, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.99), fused=True)
     return Run(model, average, optimizer)
+
+
+def mean_image_elbo(data, likelihood):
+    """The validation images' mean log probability if all latents are ignored."""
+    parameters = constant_parameters(likelihood, *mean_and_spread(data.train))
+    log_px = LIKELIHOODS[likelihood][0]
+    return sum(log_px(datasets.pixels(part), parameters).double().sum().item()
+               for part in data.val.split(1000)) / len(data.val)
 
 
 def mean_and_spread(x):
@@ -270,13 +285,14 @@ def learning_rate(args, progress):
 
 
 def add_up(sums, terms):
-    """Adds each term's sum, as a float, to `sums` under the term's name."""
+    """Adds each term's sum to `sums` under the term's name. No step waits for a GPU's numbers."""
     for name, value in terms.items():
-        sums[name] = sums.get(name, 0) + value.detach().double().sum().item()
+        sums[name] = sums.get(name, 0) + value.detach().double().sum()
 
 
 def columns(split, sums, count):
     """Turns a split's sums over `count` images into log.csv's columns: means in nats per image."""
+    sums = parallel.total({name: value.item() for name, value in sums.items()})
     means = {name: value / count for name, value in sums.items()}
     means["elbo"] = means["recon"] - means["kl"]
     return {f"{split}_{name}": value for name, value in means.items()}
@@ -290,16 +306,13 @@ def validate(model, x, seed):
         if i % parallel.size() == parallel.rank():
             generator.manual_seed(seed + i * 1_000_003)
             add_up(sums, model.terms(datasets.pixels(part), generator=generator, prior=prior))
-    return columns("val", parallel.total(sums), len(x))
+    return columns("val", sums, len(x))
 
 
 def optimizer_step(run, args, step):
     """Clips, steps, projects pseudo-inputs, averages the weights. Returns the unclipped norm."""
     parameters = list(run.model.parameters())
-    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf).item()
-    if not math.isfinite(norm):
-        raise ValueError(f"a gradient is not finite in epoch {run.epoch + 1}: try a lower --lr or "
-                         "--clip, or a longer --warmup, with another --out")
+    norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip or math.inf)
     run.optimizer.step()
     run.model.prior.project_()
     with torch.no_grad():       # the decay grows to args.ema, to forget the first weights soon
@@ -321,7 +334,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
         seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=device)
         generator.manual_seed(seeds[parallel.rank()].item())
     batches = order.split(args.batch_size)
-    sums, norms = {}, 0.0
+    sums, norms = {}, 0
     for step, index in enumerate(batches):
         # the last step takes the rate of half a step earlier: its own would be zero
         now = min(epoch - 1 + (step + 1) / len(batches), args.epochs - 0.5 / len(batches))
@@ -334,11 +347,14 @@ def train_epoch(run, net, args, data, tick=lambda: None):
         loss = (beta * terms["kl"] - terms["recon"]).sum() / len(index)
         run.optimizer.zero_grad()
         (loss * parallel.size()).backward()     # DistributedDataParallel takes the mean
-        norms += optimizer_step(run, args, (epoch - 1) * len(batches) + step)
+        norms += optimizer_step(run, args, (epoch - 1) * len(batches) + step).double()
         add_up(sums, terms)
         tick()
-    return {"beta": beta, "lr": lr, "grad_norm": norms / len(batches),
-            **columns("train", parallel.total(sums), len(order))}
+    norm = norms.item() / len(batches)
+    if not math.isfinite(norm):
+        raise ValueError(f"a gradient is not finite in epoch {epoch}: try a lower --lr or --clip, "
+                         "or a longer --warmup, with another --out")
+    return {"beta": beta, "lr": lr, "grad_norm": norm, **columns("train", sums, len(order))}
 
 
 def fit(run, args, data, out):
@@ -385,11 +401,12 @@ def main(argv=None):
     data = parallel.main_first(lambda: datasets.load(
         args.dataset, args.data_dir, args.binarize, args.split_seed, args.device))
     check_pixels(data, args.likelihood)
-    args, out = apply_recipe(args, len(data.train), data.name), Path(args.out)
+    args, out = apply_recipe(args, data), Path(args.out)
     model_config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                           args.pseudo_inputs, args.learned_weights, args.likelihood)
     config = vars(args) | {"sha256": data.sha256, "n_train": len(data.train), "note": data.note,
                            "processes": parallel.size()}
+    run = start(args, model_config, data)
     if parallel.is_main_process():
         lock = open_run(out, config, args.resume or parallel.restarted())   # held until the end
         files.say(f"{out.name}: {data}")
@@ -397,7 +414,6 @@ def main(argv=None):
         if parallel.is_main_process():
             files.say(f"{out.name}: trained already")
         return
-    run = start(args, model_config, data)
     if (out / "last.safetensors").exists():
         run.restore(out / "last.safetensors", args.device)
     fit(run, args, data, out)
@@ -408,6 +424,11 @@ def main(argv=None):
         files.save(out / "model.safetensors", run.best | frames, info)
         files.say(f"{out.name}: trained {run.epoch} epochs in {info['train_seconds'] / 60:.1f} "
                   f"minutes; epoch {run.best_epoch} is kept")
+        elbo = run.history[run.best_epoch - 1]["val_elbo"]
+        floor = mean_image_elbo(data, args.likelihood)
+        if elbo < floor:
+            files.say(f"{out.name}: its validation ELBO {elbo:.2f} is below the {floor:.2f} of the "
+                      "mean image alone: try a lower --lr, or more --epochs, with another --out")
 
 
 if __name__ == "__main__":
