@@ -115,7 +115,7 @@ def row(section, case, pairs, bound=None, error=None):
 
 def compare(section, case, theirs, ours, rate, counted=None, error=None):
     """The row of two functions that take turns. `counted` has the products of ours, if given."""
-    theirs()        # the first call of either is slow
+    theirs(), ours()        # the first call of either is slow, and slower if it compiles
     with FlopCounterMode(display=False) as counter:
         (counted or ours)()
     pairs = [(timeit(theirs, number=1), timeit(ours, number=1)) for _ in range(9)]
@@ -135,14 +135,19 @@ def mixture(quick, rates):
 
 
 def step(quick, rates):
-    """An epoch of one step. Plain: float32, torch's Adam, no clipping, no averaged weights."""
+    """An epoch of one step, compiled if possible. Plain: float32, torch's Adam, no clipping, no
+    averaged weights."""
+    compiles = not quick and train.can_compile()
     for (model, prior), (precision, rate) in itertools.product(CELLS, rates.items()):
         args = train.parse_args(["--out", "none", "--device", "cpu", "--precision", precision])
         vars(args).update(train.RECIPES["default"])
         x = torch.randint(0, 256, (10 if quick else args.batch_size, 784), dtype=torch.uint8)
         data = datasets.Data("noise", "", (28, 28), x, x, x, {}, "dynamic", "")
         config = Config(model, prior, **(SMALL if quick else {}))
-        run, form = train.start(args, config, data), train.start(args, config, data).model
+        run, other = train.start(args, config, data), train.start(args, config, data)
+        form = other.model
+        if compiles:
+            run.model.compile(dynamic=False)
         adam = torch.optim.Adam(form.parameters(), lr=1e-4)
 
         def plain_step():
@@ -151,7 +156,8 @@ def step(quick, rates):
             (terms["kl"] - terms["recon"]).mean().backward()
             adam.step()
         yield compare("step", f"{model}, {prior}, batch {len(x)}, {precision}", plain_step,
-                      lambda: train.train_epoch(run, run.model, args, data), rate)
+                      lambda: train.train_epoch(run, run.model, args, data), rate,
+                      lambda: train.train_epoch(other, form, args, data))
 
 
 def likelihood(quick, rates):

@@ -70,8 +70,13 @@ def pixels(x):
 
 def binarise(x, generator=None):
     """Black-and-white images (B, D), as floats, drawn from Bernoulli(grey)."""
-    if x.dtype == torch.uint8:      # with r uniform in 0..254, x > r has probability x / 255
-        return (x > torch.empty_like(x).random_(0, 255, generator=generator)).float()
+    if x.dtype == torch.uint8:
+        # one draw has the random bits of four pixels, sixteen each: r from -2^15 to 2^15 - 2.
+        # 257 x - 2^15 > r has the probability x / 255, to 2^-16; int16 wraps around and back
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+        draws.random_(-2**63, None, generator=generator)
+        r = draws.view(torch.int16)[:x.numel()].view(x.shape).clamp_max(2**15 - 2)
+        return (257 * x.short() - 2**15 > r).float()
     return (torch.rand(x.shape, device=x.device, generator=generator) < x).float()
 
 

@@ -20,8 +20,7 @@ import torch
 import data as datasets
 import files
 import parallel
-from models import (PRIORS, StandardPrior, build, by_coefficients, draw_normal, log_mixture,
-                    mixture_coefficients)
+from models import PRIORS, build, draw_normal, log_mixture
 
 CHUNK = 1000        # samples in one pass of a thread
 WIDE = 25_000       # samples times images in one pass of a GPU
@@ -103,9 +102,8 @@ def image_terms(model, prior, S, x, inferred, seed):
     """importance_terms of images x (n, D), with n = 1 on a CPU, and the noise of `seed`."""
     noise = torch.Generator(x.device).manual_seed(seed)
     size = CHUNK if len(x) == 1 else WIDE // len(x)
-    if len(x) == 1 and not isinstance(prior, StandardPrior):
-        mu = inferred[0][0]                                             # (1, z_dim)
-        prior = CenteredMixture(prior, mu[0])
+    if len(x) == 1:
+        prior = prior.centered(inferred[0][0][0])       # at the mean of q(z | x), (z_dim,)
     passes = [model.terms(x, min(size, S - done), noise, inferred, prior)
               for done in range(0, S, size)]                            # (size, n) each
     terms = {name: torch.cat([part[name] for part in passes]).cpu().double().T.contiguous()
@@ -113,23 +111,6 @@ def image_terms(model, prior, S, x, inferred, seed):
     log_w = terms["recon"] - terms["kl"]                                # (n, S)
     return {name: value.mean(1) for name, value in terms.items()} | {
         "elbo": log_w.mean(1), "log_px": log_w.logsumexp(1) - math.log(S)}
-
-
-class CenteredMixture:
-    """A frozen mixture prior for z near `center` (D,), such as samples of one posterior.
-
-    Expanding the squares around it keeps the terms of nearby components small. So float32 suffices
-    and costs half of log_mixture.
-    """
-
-    def __init__(self, prior, center):
-        coef, bias = mixture_coefficients(*prior.components(), prior.log_pi(), center=center)
-        self.center = center
-        self.coef, self.bias = coef.to(center.dtype), bias.to(center.dtype)
-
-    def log_prob(self, z):
-        """log p(z) in nats: (..., D) -> (...)."""
-        return by_coefficients(z - self.center, self.coef, self.bias)
 
 
 def log_likelihood(model, x, S, generator=None):
@@ -280,14 +261,14 @@ def evaluate(model, data, S, tick=lambda n: None):
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}
     if config.likelihood == "logistic":     # the usual unit for 256 grey levels
         metrics["bits_per_dim"] = mean_se(-terms["log_px"] / (x.shape[1] * math.log(2)))
-    # arrays.npz: N images of D pixels, L latents a layer, K components, E epochs (sizes are maxima)
+    # arrays.npz: N images of D pixels, L latents a layer, K components (sizes are maxima)
     #   elbo, log_px, recon, kl, kl1, kl2 (N,)    labels (N,)               image_shape (2,) or (3,)
     #   variance_z, variance_z1, variance_z2 (L,)           latent_means (N, L), of the top layer
     #   component_mu (K, L)                       component_use (K,)
     #   images, reconstructions (48, D)           reconstruction_distance (48,)
     #   samples (64, D)                           neighbours (16, D)        sample_distance (16,)
-    #   pseudo_inputs, pseudo_samples (40, D)     history (E, 16, D)        history_epochs (E,)
-    #   walks (3, 12, D)                          shared_z2 (6, 12, D)      plane_box (4,)
+    #   pseudo_inputs, pseudo_samples (40, D)     walks (3, 12, D)          shared_z2 (6, 12, D)
+    #   plane_box (4,)
     #   plane_log_prior (160, 160)       plane_images (18, 18, D)     plane_image_log_prior (18, 18)
     statistics, arrays = latent_statistics(model, x, generator)
     arrays |= terms | pictures(model, data, generator)
@@ -349,11 +330,6 @@ def main(argv=None):
         return
     metrics |= {name: info[name] for name in ("epochs", "best_epoch", "train_seconds")}
     metrics["trained_in"] = config["precision"]
-    frames = sorted((int(name.split("/")[1]), u) for name, u in info.items() if "frames/" in name)
-    if frames:
-        epochs, frames = zip(*frames)
-        arrays["history_epochs"] = np.array(epochs)
-        arrays["history"] = datasets.pixels(torch.stack(frames)).cpu().numpy()
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     files.write_atomic(args.run / "arrays.npz", buffer.getvalue())

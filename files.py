@@ -47,14 +47,10 @@ def load(path, device="cpu"):
 
 def load_model(path, build, device="cpu"):
     """(model, info): the model in eval mode, and what was saved beside its weights.
-
-    A tensor whose name has a slash is no weight: it is in `info`. `build` is models.build.
-    """
+    `build` is models.build."""
     import torch
     tensors, info = load(path, device)
     try:
-        for name in [name for name in tensors if "/" in name]:
-            info[name] = tensors.pop(name)
         with torch.device("meta"):      # memory is taken for the file's tensors, not the config's
             model = build(info["config"])
         if {name: t.dtype for name, t in tensors.items()} != {

@@ -172,12 +172,6 @@ def pseudo_inputs(runs):
     return strips(blocks, 20)
 
 
-def history(runs):
-    """Pseudo-inputs in the course of training. They start at training images."""
-    return strips([[(f"{run.label}, epoch {epoch}", frame) for epoch, frame in
-                    zip(run.arrays["history_epochs"], images_of(run, "history"))] for run in runs])
-
-
 def shared_z2(runs):
     """Samples that share z2. Each row has one draw of z2, and a draw of z1 for each image."""
     return strips([[(f"{run.label}, draw {i}", row)
@@ -381,7 +375,6 @@ FIGURES = {     # file name: function, array without which there is none, whethe
     "reconstructions": (reconstructions, "images", True),
     "samples": (samples, "samples", False),
     "pseudo_inputs": (pseudo_inputs, "pseudo_inputs", True),
-    "history": (history, "history", False),
     "shared_z2": (shared_z2, "shared_z2", False),
     "walks": (walks, "walks", True),
     "neighbours": (neighbours, "neighbours", False),

@@ -1,20 +1,17 @@
-"""The Makefile by running it, files.py, main.ipynb, and what README.md and RESULTS.md say."""
+"""The Makefile by running it, main.ipynb, and what README.md and RESULTS.md say."""
 import csv
 import json
 import os
 import re
-import signal
 import sys
 from subprocess import PIPE, Popen, run
 
 import pytest
 import torch
 
-import files
 import report
 import train
-from test_train import (HERE, TINY, assert_same_run, digits, fit, images_of,    # noqa: F401
-                        whole)
+from test_train import HERE, TINY, assert_same_run, digits, images_of, whole    # noqa: F401
 
 FLAGS = (f"SAMPLES=20 EPOCHS=4 THREADS={torch.get_num_threads()} "
          f"TRAIN_FLAGS='{' '.join(TINY).replace('--epochs 4 ', '')}'")
@@ -73,18 +70,6 @@ def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, wo
     assert before == {path: path.read_bytes() for path in before}
 
 
-def test_slow_make_continues_after_ctrl_c_to_the_same_run(digits, tmp_path):
-    folder = tmp_path / "run" / "vamp"
-    words = f"all RUN={folder.parent} DATASET={digits} MODELS=vamp {FLAGS} EPOCHS=200"
-    process = start(words)
-    while not (folder / "log.csv").exists():
-        assert process.poll() is None
-    os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() != 0 and not (folder / "model.safetensors").exists()
-    assert start(words).wait() == 0
-    assert_same_run(folder, fit(tmp_path / "whole", digits, "--epochs", 200))
-
-
 @pytest.mark.parametrize("words, said", [
     ("hmog RUN=a/b/ SEED=3 EPOCHS=7", "hvae --prior mog .* --seed 3 --epochs 7 .*--out a/b/hmog "),
     ("quick", r"--recipe quick .*--out results/\d{8}-\d{6}-quick/vae "),
@@ -101,14 +86,6 @@ def test_help_names_every_target():
     targets = re.search(r"^\.PHONY: (.*) FORCE", (HERE / "Makefile").read_text(), re.M)[1]
     named = " ".join(re.findall("^(.*?)  ", start("help").communicate()[0], re.M))
     assert {*targets.split(), "vamp", "hmog"} - {"models"} <= {*named.split()}
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    files.write_atomic(tmp_path / "file", "old")
-    monkeypatch.delattr(os, "fsync")
-    with pytest.raises(AttributeError):
-        files.write_atomic(tmp_path / "file", b"new")
-    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_files_plot_and_report_do_not_import_torch():

@@ -1,9 +1,12 @@
-"""Several processes: the same mathematics, the same numbers, and what follows when one dies.
+"""Several processes: the same mathematics, the same numbers, and what follows when one dies. And
+what happens on a GPU, without one: fake tensors have a device and a shape, but no values.
 
     pytest test_parallel.py -k "not slow"
 
 torchrun starts this file, too: `measure` and `die` at its end are what the processes then do.
 """
+import builtins
+import contextlib
 import json
 import os
 import shutil
@@ -14,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 
 import data as datasets
@@ -111,6 +115,62 @@ def test_a_killed_process_ends_all_and_the_run_resumes(three, many):
 def test_slow_torchrun_restarts_all_by_itself(three, many, tmp_path):
     torchrun("die", *words(tmp_path / "run", many, *FEW), flags=["--max-restarts=1"])
     assert_same_run(three[0] / "run", tmp_path / "run")
+
+
+class AnyGenerator(torch.Generator):
+    """A generator of a GPU needs a GPU."""
+    def __new__(cls, device="cpu"):
+        return super().__new__(cls)
+
+
+def to(model, device):
+    """nn.Module.to, but new parameters in place of changed ones."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            module._parameters[name] = torch.nn.Parameter(p.detach().to(device))
+        for name, t in module.named_buffers(recurse=False):
+            module._buffers[name] = t.to(device)
+    return model
+
+
+def backward(loss):
+    """Gives all parameters below the loss a gradient."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        if hasattr(node, "variable"):
+            node.variable.grad = torch.zeros_like(node.variable)
+        nodes += [next for next, _ in node.next_functions if next and next not in nodes]
+
+
+@pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
+@pytest.mark.parametrize("prior", models.PRIORS)
+@pytest.mark.parametrize("model", models.MODELS)
+def test_no_step_on_a_gpu_waits_for_its_numbers(model, prior, likelihood, monkeypatch):
+    """An epoch of five steps reads as many numbers as an epoch of one. An operation on tensors of
+    two devices fails, and so does a branch on a value."""
+    reads = []
+    for target, name, value in [
+            (FakeTensor, "item", lambda t: reads.append(t) or 1),
+            (torch.Tensor, "backward", backward), (evaluate, "checked", lambda x, likelihood: x),
+            (torch.nn.Module, "to", to), (torch, "Generator", AnyGenerator),
+            (torch.cuda, "get_device_capability", lambda device: (9, 0)),
+            (evaluate, "ThreadPoolExecutor", lambda n: contextlib.nullcontext(builtins))]:
+        monkeypatch.setattr(target, name, value)
+    flags = ["--device", "cuda", "--batch-size", "20", "--likelihood", likelihood]
+    counts = []
+    for n in 20, 100:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            x = torch.zeros(n, 36, dtype=torch.uint8, device="cuda")
+            data = datasets.Data("", "", (6, 6), x, x, x, {}, "none", "")
+            args = train.apply_recipe(train.parse_args(flags), data)
+            config = models.Config(model, prior, 36, 9, 2, 7, True, likelihood)
+            run = train.start(args, config, data)
+            reads.clear()
+            train.train_epoch(run, run.model, args, data)
+            counts.append(len(reads))
+            train.validate(run.average, data.val, 0)
+            evaluate.importance_terms(run.average, data.test, 30)
+    assert counts[0] == counts[1] > 0
 
 
 # ------------------------------------------------------------------- what torchrun starts here

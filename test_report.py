@@ -9,7 +9,6 @@ import pytest
 
 import plot
 import report
-from test_train import refused
 
 RECORDS = Path(__file__).parent / "assets/paper/seed0"
 
@@ -35,8 +34,7 @@ def fake_run(folder, shape=(5, 4), N=60, D=40, K=40, rows=420, **changes):
     a |= {f"variance_{z}": rng.permutation(np.logspace(-4, 0, D)) for z in m["latent_dims"]}
     if m["prior"] == "vamp":
         a |= {"component_mu": rng.normal(3, 2, (K, D)), "component_use": rng.dirichlet(np.ones(K)),
-              "pseudo_inputs": pixels(K), "pseudo_samples": pixels(K), "history": pixels(3, 16),
-              "history_epochs": np.array([0, 5, 12]), "labels": np.arange(N) % K}
+              "pseudo_inputs": pixels(K), "pseudo_samples": pixels(K), "labels": np.arange(N) % K}
     if m["model"] == "hvae":
         a["shared_z2"] = pixels(6, 12)
     if D == 2:
@@ -80,8 +78,6 @@ def assert_shows(fig, strips):
         ("nearest, median distance 7.5\n(of reconstructions 3.5)", a["neighbours"])]),
     ("pseudo_inputs", lambda label, a: [
         (label, a["pseudo_inputs"][:20]), ("generates", a["pseudo_samples"][:20])]),
-    ("history", lambda label, a: [
-        (f"{label}, epoch {epoch}", frame) for epoch, frame in zip((0, 5, 12), a["history"])]),
     ("shared_z2", lambda label, a: [
         (f"{label}, draw {i + 1}", a["shared_z2"][i]) for i in range(6)])])
 def test_pictures_are_the_arrays_they_are_named_for(runs, name, strips):
@@ -226,12 +222,6 @@ def test_extreme_runs_are_drawn_and_shown(tmp_path, monkeypatch, capsys, names, 
     assert not re.search(r"<script|<link|href|url\(|https?:|± 0.00", page)
     assert "± 0.00" not in plot.likelihood(found).axes[0].get_title()
     assert ("&lt;script&gt;" in page) == ("note" in extremes)
-
-
-def test_missing_files_are_one_line(tmp_path):
-    fake_run(tmp_path / "vae")
-    (tmp_path / "vae/arrays.npz").unlink()
-    refused(lambda: plot.main([str(tmp_path)]), "vae/arrays.npz")
 
 
 def test_every_number_stands_in_its_column(tmp_path):

@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -37,11 +38,11 @@ SMALL = dict(epochs=40, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_de
 TINY = SMALL | dict(epochs=100)
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 grad_norm seconds").split()
-# settings that may differ on resuming; another device or number of processes has other noise
-MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes"}
+# settings that may differ on resuming; device, number of processes and compile change the bits
+MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes", "compile"}
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
-N_TRACKED = 16      # pseudo-inputs whose values in the course of training are kept for a figure
+PAYS = 5000         # steps from which on compiling is worth its time
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -80,6 +81,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0, help="of the first weights and of all noise in training")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of training's matrix products; auto: bfloat16 where the processor has it")
+    add("--compile", choices=("auto", "on", "off"), default="auto",
+        help="compile the model's terms; auto: on a GPU, or with g++ or clang++, in long trainings")
     add("--device", choices=("cpu", "cuda"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--init-from", metavar="RUN", help="start from the weights of a finished run")
@@ -115,6 +118,10 @@ def apply_recipe(args, data):
     # warm up over at most half of the epochs: the others use the full KL
     values["warmup"] = min(values["warmup"], given.get("epochs", values["epochs"]) // 2)
     args = argparse.Namespace(**values | given)
+    if args.compile == "auto":      # compiling takes as long as it saves in thousands of steps
+        pays = args.epochs * n_train >= PAYS * args.batch_size
+        found = args.device == "cuda" or shutil.which("g++") or shutil.which("clang++")
+        args.compile = "on" if pays and found else "off"
     for name, low in LOWEST.items():
         if not getattr(args, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
@@ -131,6 +138,17 @@ def check_pixels(data, likelihood):
         raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
     if likelihood == "logistic" and data.train.dtype != torch.uint8:
         raise ValueError(f"{data.name} has more than 256 levels: use --likelihood gaussian")
+
+
+def can_compile():
+    """Whether torch.compile works here. If not, the main process says so."""
+    try:
+        torch.compile(torch.sin)(torch.ones(8))
+        return True
+    except Exception as error:      # it wraps whatever the compiler says
+        if parallel.is_main_process():
+            files.say(f"going on without --compile, which fails here: {type(error).__name__}")
+        return False
 
 
 def has_bfloat16(device):
@@ -177,7 +195,6 @@ class Run:
     best: dict = dataclasses.field(default_factory=dict)        # weights of the average at its best
     best_epoch: int = 0
     best_elbo: float = -math.inf
-    pseudo_input_history: dict = dataclasses.field(default_factory=dict)    # {epoch: (n, D) uint8}
 
     @property
     def epoch(self):
@@ -186,8 +203,7 @@ class Run:
     def save(self, path):
         """Writes all of it: tensors are named group/name, the rest is in the file's metadata."""
         groups = {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                  "best": self.best,
-                  "frames": {str(epoch): u for epoch, u in self.pseudo_input_history.items()}}
+                  "best": self.best}
         for i, p in enumerate(self.model.parameters()):
             groups[f"optimizer.{i}"] = self.optimizer.state[p]
         tensors = {f"{group}/{name}": t for group, named in groups.items()
@@ -196,31 +212,19 @@ class Run:
                                    "best_elbo": self.best_elbo})
 
     def restore(self, path, device):
-        """Goes back to the end of the epoch that `path` holds. ValueError if it does not fit."""
+        """Goes back to the end of the epoch that `path` holds."""
         tensors, info = files.load(path, device)
-        groups = {"best": {}, "frames": {}}
+        groups = {"best": {}}
         for key, t in tensors.items():
             group, _, name = key.partition("/")
             groups.setdefault(group, {})[name] = t
-        try:
-            self.model.load_state_dict(groups["model"])
-            self.average.load_state_dict(groups["average"])
-            for i, p in enumerate(self.model.parameters()):
-                self.optimizer.state[p] = groups[f"optimizer.{i}"]
-            self.history = info["history"]
-            self.best_epoch, self.best_elbo = info["best_epoch"], info["best_elbo"]
-        except (KeyError, RuntimeError) as error:
-            raise ValueError(f"{path} does not hold this run; delete it to start again ({error})"
-                             ) from None
+        self.model.load_state_dict(groups["model"])
+        self.average.load_state_dict(groups["average"])
+        for i, p in enumerate(self.model.parameters()):
+            self.optimizer.state[p] = groups[f"optimizer.{i}"]
+        self.history = info["history"]
+        self.best_epoch, self.best_elbo = info["best_epoch"], info["best_elbo"]
         self.best = groups["best"]
-        self.pseudo_input_history = {int(name): u.cpu() for name, u in groups["frames"].items()}
-
-    def track_pseudo_inputs(self, last):
-        """Keeps some of them at epochs 0, 1, 2, 5, 10, 20, 50, ... and at the schedule's end."""
-        shown = self.epoch in (0, last) or str(self.epoch).rstrip("0") in ("1", "2", "5")
-        if self.model.config.prior == "vamp" and shown:
-            u = self.average.prior.pseudo_inputs()[:N_TRACKED].detach()
-            self.pseudo_input_history[self.epoch] = (255 * u).round().byte().cpu()
 
 
 def start(args, config, data):
@@ -265,12 +269,9 @@ def mean_image_elbo(data, likelihood):
 
 
 def mean_and_spread(x):
-    """Mean and standard deviation of the pixels, each (D,); in blocks, as floats take memory."""
-    def mean_of(function):
-        return sum(function(datasets.pixels(part)).sum(0, dtype=torch.float64)
-                   for part in x.split(10_000)).div(len(x))
-    mean = mean_of(lambda part: part).float()
-    return mean, mean_of(lambda part: (part - mean).square()).sqrt().float()
+    """Mean and standard deviation of the pixels, each (D,)."""
+    spread, mean = torch.std_mean(datasets.pixels(x), 0, correction=0)
+    return mean, spread
 
 
 # --------------------------------------------------------------------------------------- epochs
@@ -360,8 +361,6 @@ def train_epoch(run, net, args, data, tick=lambda: None):
 def fit(run, args, data, out):
     """Trains until the schedule or the patience ends, and writes the files after each epoch."""
     steps = -(-len(data.train) // args.batch_size)
-    if not run.epoch:
-        run.track_pseudo_inputs(args.epochs)
     with files.Progress(total=args.epochs * steps, initial=run.epoch * steps,
                         desc=f"{out.name}: training",
                         disable=not parallel.is_main_process()) as bar:
@@ -378,7 +377,6 @@ def fit(run, args, data, out):
             if row["beta"] == 1 and row["val_elbo"] > run.best_elbo:
                 run.best_elbo, run.best_epoch = row["val_elbo"], run.epoch
                 run.best = {name: t.clone() for name, t in run.average.state_dict().items()}
-            run.track_pseudo_inputs(args.epochs)
             if parallel.is_main_process():
                 write_log(out / "log.csv", run.history)     # first, or a kill could lose a row
                 run.save(out / "last.safetensors")
@@ -414,14 +412,15 @@ def main(argv=None):
         if parallel.is_main_process():
             files.say(f"{out.name}: trained already")
         return
+    if args.compile == "on" and can_compile():
+        run.model.compile(dynamic=False)
     if (out / "last.safetensors").exists():
         run.restore(out / "last.safetensors", args.device)
     fit(run, args, data, out)
     if parallel.is_main_process():
         info = {"config": vars(model_config), "epochs": run.epoch, "best_epoch": run.best_epoch,
                 "train_seconds": sum(row["seconds"] for row in run.history)}
-        frames = {f"frames/{epoch}": u for epoch, u in run.pseudo_input_history.items()}
-        files.save(out / "model.safetensors", run.best | frames, info)
+        files.save(out / "model.safetensors", run.best, info)
         files.say(f"{out.name}: trained {run.epoch} epochs in {info['train_seconds'] / 60:.1f} "
                   f"minutes; epoch {run.best_epoch} is kept")
         elbo = run.history[run.best_epoch - 1]["val_elbo"]
