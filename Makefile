@@ -4,7 +4,7 @@ DATASET    ?= mnist
 DATA_DIR   ?= data
 PROCS      ?= 1
 PYTHON     ?= .venv/bin/python
-NAMES      := $(or $(MODELS),vae vamp hvamp)
+NAMES      := $(or $(MODELS),vae vamp $(if $(MODEL),,hvamp))
 EVALUATION := --samples $(or $(SAMPLES),500) $(EVAL_FLAGS)
 
 # A RUN that exists is continued. Without one, := asks for the time once, for all that make starts.
@@ -15,9 +15,10 @@ endif
 override RUN := $(patsubst %/,%,$(or $(RUN),results/$(shell date +%Y%m%d-%H%M%S)))
 export RUN DATA_DIR EVALUATION
 
-FLAGS_vae   := --model vae  --prior standard
-FLAGS_vamp  := --model vae  --prior vamp
-FLAGS_mog   := --model vae  --prior mog
+OWN         := $(if $(MODEL),--model $(MODEL))
+FLAGS_vae   := $(or $(OWN),--model vae)  --prior standard
+FLAGS_vamp  := $(or $(OWN),--model vae)  --prior vamp
+FLAGS_mog   := $(or $(OWN),--model vae)  --prior mog
 FLAGS_hvae  := --model hvae --prior standard
 FLAGS_hvamp := --model hvae --prior vamp
 FLAGS_hmog  := --model hvae --prior mog
@@ -38,6 +39,7 @@ help:  ## this list
 	@echo 'Variables: RUN=folder (continued if it exists) MODELS="$(NAMES)" DATASET=$(DATASET)'
 	@echo '  DATA_DIR=$(DATA_DIR) RECIPE=default (or long, quick) SEED=0 SEEDS="0 1 2" EPOCHS SAMPLES'
 	@echo '  JOBS=$(JOBS) (models at a time) THREADS=$(THREADS) (of each) PROCS=$(PROCS) (of each)'
+	@echo '  MODEL=FILE.py:CLASS (of your own, for vae, vamp and mog; see conv.py)'
 	@echo '  TRAIN_FLAGS EVAL_FLAGS (see train.py --help) PYTHON3=python3.12 PYTHON=python3 (no .venv)'
 
 # No environment is made where PYTHON is an interpreter of your own.
@@ -89,7 +91,7 @@ $(RUN)/settings: FORCE
 	@echo "$$EVALUATION" | cmp -s - $@ || echo "$$EVALUATION" > $@
 
 $(NAMES:%=$(RUN)/%/metrics.json): $(RUN)/%/metrics.json: $(RUN)/%/model.safetensors $(RUN)/settings
-	@$(POSITION) $(LAUNCH) evaluate.py $(@D) --data-dir "$(DATA_DIR)" $(EVALUATION)
+	@$(POSITION) $(LAUNCH) evaluate.py $(@D) $(OWN) --data-dir "$(DATA_DIR)" $(EVALUATION)
 
 $(NAMES:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 	@$(PYTHON) plot.py $(@D)

@@ -20,7 +20,7 @@ import torch
 import data as datasets
 import files
 import parallel
-from models import PRIORS, build, draw_normal, log_mixture
+from models import MODELS, PRIORS, build, draw_normal, log_mixture
 
 CHUNK = 1000        # samples in one pass of a thread
 WIDE = 25_000       # samples times images in one pass of a GPU
@@ -254,7 +254,7 @@ def evaluate(model, data, S, tick=lambda n: None):
         return None, None
     generator = torch.Generator(x.device).manual_seed(0)
     metrics = {"model": config.model, "prior": config.prior,
-               "label": f"{config.model.upper()} + {PRIORS[config.prior]}",
+               "label": f"{type(model).__name__} + {PRIORS[config.prior]}",
                "dataset": data.name, "note": data.note, "binarize": data.binarize,
                "likelihood": config.likelihood, "samples": S, "images": len(x),
                "nll": mean_se(-terms["log_px"])}
@@ -306,6 +306,8 @@ def main(argv=None):
     torch.set_flush_denormal(True)
     p = files.parser(__doc__)
     p.add_argument("run", type=Path, help="folder of a run that train.py has finished")
+    p.add_argument("--model", default="vae", metavar="FILE.py:CLASS",
+                   help="the model of your own that train.py was given")
     p.add_argument("--samples", type=int, default=500, metavar="S",
                    help="importance samples an image; the paper has 5000")
     p.add_argument("--images", type=int, help="only so many of the test images, the first ones")
@@ -316,6 +318,7 @@ def main(argv=None):
     args = p.parse_args(argv)
     if args.samples < 1 or (args.images is not None and args.images < 1):
         p.error("--samples and --images must be at least 1")
+    files.add_own_model(args.model, MODELS)
     parallel.start(args.device)
     model, info, data, config = parallel.main_first(
         lambda: load_run(args.run, args.device, args.data_dir, args.dataset))

@@ -4,6 +4,7 @@ Importing this does not import torch.
 """
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import signal
@@ -63,6 +64,22 @@ def load_model(path, build, device="cpu"):
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold a model of this project: {reason}") from None
     return model.eval(), info
+
+
+def add_own_model(name, known):
+    """Adds the class that "FILE.py:CLASS" names to `known`, which is models.MODELS. This runs the
+    file: call it for a name that the user gave, never for one that a weights file holds."""
+    path, _, word = name.partition(":")
+    if name in known:
+        return
+    if not path.endswith(".py") or not word:
+        raise ValueError(f"--model {name}: take {', '.join(known)}, or FILE.py:CLASS")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, word):
+        raise ValueError(f"{path} has no class {word}")
+    known[name] = getattr(module, word)
 
 
 def parser(doc):

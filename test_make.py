@@ -3,9 +3,11 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 from subprocess import PIPE, Popen, run
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,6 +78,8 @@ def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, wo
     ("plane EPOCHS=9", r"--epochs 9 --z-dim 2 .*--out results/\d{8}-\d{6}-plane/mog "),
     ("paper SEEDS=1 SAMPLES=9 MODELS=vamp", "evaluate.py .*-paper/seed1/vamp .*--samples 9 "),
     ("vae PROCS=2 DATA_DIR=d", r"run .* 2 train.py .*--data-dir d .* results/\d{8}-\d{6}/vae "),
+    ("vamp MODEL=my.py:Net", "train.py --model my.py:Net +--prior vamp .*--out results/.*/vamp "),
+    ("vae MODEL=my.py:Net", "evaluate.py results/.*/vae --model my.py:Net "),
     ("all RUN=a/latest", r"\[ latest = latest \] \|\| ln")])
 def test_the_commands_of_make(words, said):
     out = start(f"-n {words}").communicate()[0]
@@ -113,6 +117,22 @@ def test_readme_example_trains_a_vae_of_your_own():
         exec(re.sub(r"range\(\d+\)", f"range({steps})", example), names)
         elbo[steps] = names["elbo"].mean()
     assert elbo[100] > elbo[1]
+
+
+def test_recipes_with_a_trained_model(whole, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(whole, "results/latest/vamp")
+    text = (HERE / "RESULTS.md").read_text()
+    text = text[text.index("## With a trained"):text.index("## Your own data")]
+    names, codes = {}, re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(codes) == 6 and max(code.count("\n") for code in codes) <= 8
+    for code in codes:
+        exec(code, names)
+    assert np.array_equal(np.load("codes.npz")["codes"], names["codes"]) and len(names["y"]) == 12
+    ends = names["model"].generate(names["codes"][[3, 8]])
+    torch.testing.assert_close(names["walk"][[0, 8]], ends)
+    assert names["sevens"].shape == names["samples"].shape == (16, 64)
+    assert names["elbo"].shape == (64,) and names["elbo"].isfinite().all()
 
 
 def test_readme_shows_the_recorded_results():

@@ -52,7 +52,8 @@ def parse_args(argv=None):
     """The flags. Recipe flags that the user omits are absent: `apply_recipe` adds them."""
     p = files.parser(__doc__)
     add = p.add_argument
-    add("--model", choices=MODELS, default="vae", help="one or two latent layers")
+    add("--model", default="vae", metavar="{vae,hvae,FILE.py:CLASS}",
+        help="one latent layer, two, or a model of your own, see conv.py")
     add("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
     add("--learned-weights", action="store_true", help="learn the mixture's weights; else 1/K each")
     add("--likelihood", choices=LIKELIHOODS, default="bernoulli",
@@ -90,8 +91,11 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue a run that is in --out, else start one")
     datasets.add_arguments(p)
     args = p.parse_args(argv)
+    files.add_own_model(args.model, MODELS)
     if args.out is None:
-        name = args.model if args.prior == "standard" else args.model.replace("vae", args.prior)
+        name = args.model.rpartition(":")[2].lower()
+        if args.prior != "standard":
+            name = name.replace("vae", args.prior)
         args.out = time.strftime(f"results/%Y%m%d-%H%M%S/{name}")
     if args.likelihood != "bernoulli":
         args.binarize = "none"
@@ -138,6 +142,19 @@ def check_pixels(data, likelihood):
         raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
     if likelihood == "logistic" and data.train.dtype != torch.uint8:
         raise ValueError(f"{data.name} has more than 256 levels: use --likelihood gaussian")
+
+
+def check_own_model(config):
+    """ValueError if a model of the user's own lacks a method, or if its shapes do not fit."""
+    x = torch.zeros(2, config.x_dim)
+    try:
+        model = build(config)
+        found = [tuple(t.shape) for t in (*model.terms(x, 3).values(), model.sample(3),
+                                          model.reconstruct(x))]
+        if set(found) != {(3, 2), (3, x.shape[1]), tuple(x.shape)}:
+            raise RuntimeError(f"terms, sample and reconstruct have the shapes {found}")
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{config.model} does not fit, see models.Model: {error}") from None
 
 
 def can_compile():
@@ -401,9 +418,11 @@ def main(argv=None):
     check_pixels(data, args.likelihood)
     args, out = apply_recipe(args, data), Path(args.out)
     model_config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
-                          args.pseudo_inputs, args.learned_weights, args.likelihood)
+                          args.pseudo_inputs, args.learned_weights, args.likelihood,
+                          data.image_shape[0], (*data.image_shape, 1)[2])
     config = vars(args) | {"sha256": data.sha256, "n_train": len(data.train), "note": data.note,
                            "processes": parallel.size()}
+    check_own_model(model_config)
     run = start(args, model_config, data)
     if parallel.is_main_process():
         lock = open_run(out, config, args.resume or parallel.restarted())   # held until the end

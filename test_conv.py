@@ -1,0 +1,73 @@
+"""conv.py, and models of the user's own: `--model FILE.py:CLASS`."""
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_sample_images
+
+import evaluate
+import models
+import plot
+from conv import ConvVAE
+from test_train import HERE, fit, refused, rows
+
+CONV = ["--model", f"{HERE}/conv.py:ConvVAE"]
+
+
+@pytest.fixture(scope="module")
+def crops(tmp_path_factory):
+    """An .npz of 200 crops of two photographs, 32 x 32 in colour."""
+    rng, photos = np.random.default_rng(0), load_sample_images().images
+    corners = rng.integers(0, [[photos[0].shape[0] - 32, photos[0].shape[1] - 32]], (200, 2))
+    path = tmp_path_factory.mktemp("data") / "crops.npz"
+    np.savez(path, x=[photos[i % 2][a:a + 32, b:b + 32] for i, (a, b) in enumerate(corners)])
+    return path
+
+
+def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
+    folder, flags = tmp_path / "run", ["--likelihood", "logistic", "--lr", "3e-3", *CONV]
+    fit(folder / "vamp", crops, *flags, "--epochs", 8, "--warmup", 1)
+    evaluate.main([str(folder / "vamp"), "--samples", "9", "--device", "cpu", *CONV])
+    (run,) = plot.read_runs(folder)
+    assert run.label == "ConvVAE + VampPrior" and run.arrays["pseudo_samples"].shape == (6, 3072)
+    elbo = [float(row["val_elbo"]) for row in rows(folder / "vamp")]
+    assert elbo[-1] > elbo[0] + 1000
+    models.MODELS.pop(CONV[1])      # as in a new process: evaluation runs only a file that is named
+    refused(lambda: evaluate.main([f"{folder}/vamp"]), "conv.py:ConvVAE", "not one of vae, hvae",
+            "--model")
+
+
+@pytest.mark.parametrize("height, channels, likelihood, outputs", [
+    (28, 1, "bernoulli", 1), (8, 3, "logistic", 2), (28, 1, "gaussian", 2)])
+def test_the_decoder_puts_each_channel_where_the_pixels_have_it(height, channels, likelihood,
+                                                                outputs, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "own", ConvVAE)
+    size = height * 12 * channels
+    config = models.Config("own", x_dim=size, components=5, likelihood=likelihood, height=height,
+                           channels=channels)
+    model, z = models.build(config), torch.randn(3, 2, 40)
+    parameters = model.decode(z)
+    assert parameters.shape == (3, 2, outputs * size)
+    # a bias of the last convolution moves one channel of one parameter
+    model.output.body[-1].bias.data[-1] += 1
+    moved = (model.decode(z) - parameters).view(3, 2, outputs, -1, channels)
+    torch.testing.assert_close(moved[:, :, -1, :, -1], torch.ones(3, 2, size // channels))
+    assert moved.sum().item() == pytest.approx(6 * size / channels, rel=1e-4)
+
+
+@pytest.mark.parametrize("code, said", [
+    ("", "no class Own"), ("class Own: pass", "takes no arguments"),
+    ("class Own(models.Model): pass", "no attribute 'make_layers'"),
+    ("class Own(models.VAE):\n def infer(self, x): return x", "see models.Model: "),
+    ("class Own(models.VAE):\n def generate(self, z, generator): return z", "have the shapes")])
+def test_a_class_that_does_not_fit_is_one_line(code, said, crops, tmp_path):
+    (tmp_path / "own.py").write_text(f"import models\n{code}\n")
+    flags = ["--likelihood", "logistic", "--model", f"{tmp_path}/own.py:Own"]
+    refused(lambda: fit(tmp_path / "run", crops, *flags), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_names_of_no_model_are_one_line(crops, tmp_path):
+    refused(lambda: fit(tmp_path / "run", crops, "--model", "vqvae"), "vae, hvae", "FILE.py:CLASS")
+    refused(lambda: fit(tmp_path / "run", crops, "--model", "none.py:Own"), "none.py")
+    np.save(tmp_path / "odd.npy", np.zeros((20, 6, 8), np.uint8))
+    refused(lambda: fit(tmp_path / "run", tmp_path / "odd.npy", *CONV), "divisible by 4")
