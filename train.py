@@ -4,12 +4,13 @@
     python train.py --prior vamp --out DIR --resume     start, or continue where DIR stopped
     torchrun --standalone --nproc-per-node 2 train.py --prior vamp --out DIR
 
-Writes config.json, log.csv (a row per epoch), last.safetensors (to resume) and, at the end,
+Writes config.json, log.csv (a row per epoch), last.pt (to resume) and, at the end,
 model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
 these stay the same, a resumed run on the same machine ends with the bits of an unbroken one.
 """
 import argparse
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -217,31 +218,17 @@ class Run:
     def epoch(self):
         return len(self.history)
 
-    def save(self, path):
-        """Writes all of it: tensors are named group/name, the rest is in the file's metadata."""
-        groups = {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                  "best": self.best}
-        for i, p in enumerate(self.model.parameters()):
-            groups[f"optimizer.{i}"] = self.optimizer.state[p]
-        tensors = {f"{group}/{name}": t for group, named in groups.items()
-                   for name, t in named.items()}
-        files.save(path, tensors, {"history": self.history, "best_epoch": self.best_epoch,
-                                   "best_elbo": self.best_elbo})
+    def state(self):
+        return {"model": self.model.state_dict(), "average": self.average.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "history": self.history,
+                "best": self.best, "best_epoch": self.best_epoch, "best_elbo": self.best_elbo}
 
-    def restore(self, path, device):
-        """Goes back to the end of the epoch that `path` holds."""
-        tensors, info = files.load(path, device)
-        groups = {"best": {}}
-        for key, t in tensors.items():
-            group, _, name = key.partition("/")
-            groups.setdefault(group, {})[name] = t
-        self.model.load_state_dict(groups["model"])
-        self.average.load_state_dict(groups["average"])
-        for i, p in enumerate(self.model.parameters()):
-            self.optimizer.state[p] = groups[f"optimizer.{i}"]
-        self.history = info["history"]
-        self.best_epoch, self.best_elbo = info["best_epoch"], info["best_elbo"]
-        self.best = groups["best"]
+    def restore(self, state):
+        """Goes back to the end of the epoch that has this state."""
+        for part in "model", "average", "optimizer":
+            getattr(self, part).load_state_dict(state[part])
+        for name in "history", "best", "best_epoch", "best_elbo":
+            setattr(self, name, state[name])
 
 
 def start(args, config, data):
@@ -396,7 +383,9 @@ def fit(run, args, data, out):
                 run.best = {name: t.clone() for name, t in run.average.state_dict().items()}
             if parallel.is_main_process():
                 write_log(out / "log.csv", run.history)     # first, or a kill could lose a row
-                run.save(out / "last.safetensors")
+                buffer = io.BytesIO()
+                torch.save(run.state(), buffer)
+                files.write_atomic(out / "last.pt", buffer.getvalue())
             bar.set_postfix_str(f"epoch {run.epoch}, val ELBO {row['val_elbo']:.2f}", refresh=False)
     if not run.best:        # shorter than the warm-up: the last weights are all there is
         run.best, run.best_epoch = run.average.state_dict(), run.epoch
@@ -433,8 +422,8 @@ def main(argv=None):
         return
     if args.compile == "on" and can_compile():
         run.model.compile(dynamic=False)
-    if (out / "last.safetensors").exists():
-        run.restore(out / "last.safetensors", args.device)
+    if (out / "last.pt").exists():
+        run.restore(torch.load(out / "last.pt", args.device, weights_only=True))
     fit(run, args, data, out)
     if parallel.is_main_process():
         info = {"config": vars(model_config), "epochs": run.epoch, "best_epoch": run.best_epoch,
