@@ -16,7 +16,6 @@ from torch.distributions import Categorical, Normal
 import data as datasets
 import evaluate
 import models
-import plot
 from test_models import randn, seeded, uniform
 from test_train import digits, faces, fit, load, refused, whole  # noqa: F401  (fixtures, too)
 
@@ -257,17 +256,6 @@ def test_bits_per_dimension_are_of_the_logistic_alone(grey, faces, tmp_path):
     assert m["bits_per_dim"]["se"] == pytest.approx(m["nll"]["se"] / 560 / math.log(2))
     m, _ = evaluated(fit(tmp_path / "run", faces, "--likelihood", "gaussian", "--epochs", 1))
     assert "bits_per_dim" not in m
-
-
-def test_colour_goes_through_training_evaluation_and_figures(tmp_path):
-    x = np.random.default_rng(0).integers(0, 256, (60, 6, 5, 3)).astype(np.uint8)
-    np.save(tmp_path / "x.npy", x)
-    out = fit(tmp_path / "run", tmp_path / "x.npy", "--likelihood", "logistic", "--epochs", 2)
-    _, a = evaluated(out)
-    assert a["image_shape"].tolist() == [6, 5, 3] and a["pseudo_inputs"].shape == (6, 90)
-    order = np.random.RandomState(777).permutation(60)[54:]
-    np.testing.assert_allclose(a["images"].reshape(6, 6, 5, 3), x[order] / 255, atol=1e-6)
-    assert len(plot.draw("pseudo_inputs", plot.read_runs(out))) > 1000
 
 
 def test_a_data_file_that_moved_is_named_and_one_that_changed_refused(hwhole, digits, tmp_path):

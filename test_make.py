@@ -142,10 +142,10 @@ def test_readme_shows_the_recorded_results():
 
 def test_claims_of_results_are_those_of_the_records():
     text = (HERE / "RESULTS.md").read_text()
-    rows = json.loads((HERE / "assets/bench.json").read_text())["rows"]
-    rows = {f"{row['section']}: {row['case']}": row for row in rows}
+    rows = {f"{row['section']}: {row['case']}": row for name in ("bench", "bench-float32")
+            for row in json.loads((HERE / f"assets/{name}.json").read_text())["rows"]}
     table = re.findall(r"^\| (\w+: .*?) \| (.*) \|$", text, re.M)
-    assert len(table) == 7
+    assert len(table) == 14
     for case, cells in table:
         row = rows[case]
         numbers = [1000 * row["plain"], 1000 * row["ours"], row["ratio"]]
@@ -158,6 +158,13 @@ def test_claims_of_results_are_those_of_the_records():
         assert m["nll"]["mean"] < report.PUBLISHED["mnist"][m["model"], m["prior"]]
         assert m["epochs"] == 420 and m.get("components", 500) == 500
         assert float(last["train_elbo"]) - float(last["val_elbo"]) > 1.9
+    times = re.findall(r"^\| `make (\w+)`?.* \| (float32|bfloat16) \| (.*) \| (.*) \|$", text, re.M)
+    assert len(times) == 3
+    for folder, precision, minutes, nll in times:
+        name = {"paper": "paper/seed0", "all": "runs-float32", "vamp": "fast"}[folder]
+        m = json.loads((HERE / "assets" / name / "vamp/metrics.json").read_text())
+        assert f"{m['train_seconds'] / 60:.1f} {m['nll']['mean']:.2f}" == f"{minutes} {nll}"
+        assert m["trained_in"] == precision and m["samples"] == 5000
     seconds = json.loads((HERE / "assets/runs-float32/time.json").read_text())["seconds"]
     models = [seeds[0] for seeds in report.read(HERE / "assets/runs").values()]
     short = sum(m["train_seconds"] + m["seconds"]["all"] for m in models) / 2   # two at a time
