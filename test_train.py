@@ -187,35 +187,22 @@ def images_of(name, n=50_000, n_pixels=784):
     return datasets.Data(name, "", (1, n_pixels), x, x, x, {}, "dynamic", "")
 
 
-@pytest.mark.parametrize("n_pixels, highest", [
-    (9, 0.012), (784, 0.012), (32 * 32 * 3, 0.012 * 784 / 3072), (49152, 0.012 * 784 / 49152)])
-def test_large_images_get_a_lower_rate(n_pixels, highest):
-    for n, rate in (50_000, 0.012), (1000, 0.003):
-        args = train.apply_recipe(train.parse_args([]), images_of("own", n, n_pixels))
-        assert args.lr == pytest.approx(min(rate, highest))
-
-
-@pytest.mark.parametrize("flags, n_train, dataset, own", [
-    ("", 50_000, "mnist", {}), ("--recipe long", 10_000, "mnist", {}),
-    ("", 9_999, "mnist", train.SMALL), ("", 3_000, "mnist", train.SMALL),
-    ("", 2_999, "mnist", train.TINY), ("--recipe quick", 2_999, "mnist", {}),
-    ("", 50_000, "fashion", {"lr": 0.006, "weight_decay": 0.16}),
-    ("--likelihood logistic", 50_000, "fashion", {}),
-    ("--epochs 9", 50_000, "mnist", {"epochs": 9, "warmup": 4})])
-def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, dataset, own):
+@pytest.mark.parametrize("flags, n_train, name, n_pixels, own", [
+    ("", 50_000, "mnist", 784, {"compile": "on"}), ("--recipe long", 10_000, "mnist", 784, {}),
+    ("", 9_999, "a", 784, train.SMALL | {"compile": "off"}), ("", 3_000, "a", 9, train.SMALL),
+    ("", 2_999, "mnist", 784, train.TINY), ("--recipe quick", 2_999, "mnist", 784, {}),
+    ("", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
+    ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
+    ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),
+    ("--epochs 9", 50_000, "mnist", 784, {"epochs": 9, "warmup": 4, "compile": "off"}),
+    ("--compile off", 50_000, "mnist", 784, {"compile": "off"})])
+def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, name, n_pixels, own,
+                                                              monkeypatch):
+    monkeypatch.setattr(train.shutil, "which", lambda compiler: "/bin/g++")
     args = train.parse_args([*flags.split(), "--ema", "0.5"])
     wanted = train.RECIPES[args.recipe] | own | {"ema": 0.5}
-    found = train.apply_recipe(args, images_of(dataset, n_train))
+    found = train.apply_recipe(args, images_of(name, n_train, n_pixels))
     assert wanted.items() <= vars(found).items()
-
-
-@pytest.mark.parametrize("flags, n, compiler, chosen", [
-    ("", 50_000, "/bin/g++", "on"), ("", 50_000, None, "off"), ("", 4000, "/bin/g++", "off"),
-    ("--compile on", 10, None, "on"), ("--compile off", 50_000, "/bin/g++", "off")])
-def test_long_trainings_are_compiled(flags, n, compiler, chosen, monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
-    args = train.parse_args(["--device", "cpu", *flags.split()])
-    assert train.apply_recipe(args, images_of("mnist", n)).compile == chosen
 
 
 def test_a_failing_compiler_is_one_line_and_changes_nothing(whole, digits, tmp_path, monkeypatch,
