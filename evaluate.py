@@ -169,9 +169,6 @@ def pictures(model, data, generator, n=48):
     arrays["neighbours"], arrays["sample_distance"] = train[index[:, 0]], distance[:, 0]
     distance, _ = nearest.kneighbors(arrays["reconstructions"].cpu().numpy())
     arrays["reconstruction_distance"] = distance[:, 0]
-    if model.layers == ("z1", "z2"):
-        z2 = model.prior.sample(6, generator).repeat_interleave(12, 0)
-        arrays["shared_z2"] = model.generate(z2, generator).view(6, 12, -1)
     return arrays
 
 
@@ -267,8 +264,7 @@ def evaluate(model, data, S, tick=lambda n: None):
     #   component_mu (K, L)                       component_use (K,)
     #   images, reconstructions (48, D)           reconstruction_distance (48,)
     #   samples (64, D)                           neighbours (16, D)        sample_distance (16,)
-    #   pseudo_inputs, pseudo_samples (40, D)     walks (3, 12, D)          shared_z2 (6, 12, D)
-    #   plane_box (4,)
+    #   pseudo_inputs, pseudo_samples (40, D)     walks (3, 12, D)          plane_box (4,)
     #   plane_log_prior (160, 160)       plane_images (18, 18, D)     plane_image_log_prior (18, 18)
     statistics, arrays = latent_statistics(model, x, generator)
     arrays |= terms | pictures(model, data, generator)

@@ -172,12 +172,6 @@ def pseudo_inputs(runs):
     return strips(blocks, 20)
 
 
-def shared_z2(runs):
-    """Samples that share z2. Each row has one draw of z2, and a draw of z1 for each image."""
-    return strips([[(f"{run.label}, draw {i}", row)
-                    for i, row in enumerate(images_of(run, "shared_z2"), 1)] for run in runs])
-
-
 def walks(runs):
     """From one test image to another. A row decodes points of the straight line between two
     latent means. The prior may be thin half-way."""
@@ -294,18 +288,6 @@ def active_units(runs):
     return fig
 
 
-def likelihood(runs):
-    """Log-likelihoods of the test images. Importance sampling; the line is at the mean."""
-    fig, axes = panels(len(runs), 5.4 if len(runs) == 1 else 3.2, 2.8)
-    for ax, run in zip(axes, runs):
-        nll, S = run.metrics["nll"], run.metrics["samples"]
-        ax.hist(run.arrays["log_px"], "auto", color=run.color, alpha=0.75)
-        ax.axvline(-nll["mean"], color="black", lw=1)
-        ax.set(title=f"{run.label}\nNLL {plus_minus(**nll)}, S = {S:,}", ylabel="test images",
-               xlabel=f"log p(x) ({NATS})")
-    return fig
-
-
 def latents(runs):
     """Latent spaces. Points are posterior means of test images, coloured by class, on the two
     directions in which they vary most. A ring is a component of the prior, and its area is the
@@ -375,14 +357,12 @@ FIGURES = {     # file name: function, array without which there is none, whethe
     "reconstructions": (reconstructions, "images", True),
     "samples": (samples, "samples", False),
     "pseudo_inputs": (pseudo_inputs, "pseudo_inputs", True),
-    "shared_z2": (shared_z2, "shared_z2", False),
     "walks": (walks, "walks", True),
     "neighbours": (neighbours, "neighbours", False),
     "planes": (planes, "plane_box", True),
     "latents": (latents, "latent_means", True),
     "active_units": (active_units, "latent_means", True),
     "tradeoff": (tradeoff, "images", True),
-    "likelihood": (likelihood, "log_px", True),
     "curves": (curves, "images", False)}        # the last: make waits for it
 
 

@@ -162,9 +162,6 @@ def test_pictures_show_what_they_are_named_for(hwhole):
     assert torch.equal(got["images"], datasets.pixels(data.test[:5]))
     assert torch.equal(got["reconstructions"], model.reconstruct(got["images"]))
     assert torch.equal(got["samples"], model.sample(64, noise))
-    z2 = model.prior.sample(6, noise).repeat_interleave(12, 0)      # each is shared by a row
-    assert torch.equal(got["shared_z2"], model.generate(z2, noise).view(6, 12, 64))
-    assert all(len(row.unique(dim=0)) == 12 for row in got["shared_z2"])
     train, samples = datasets.pixels(data.train), got["samples"][:16]
     for name, images in (("reconstruction", got["reconstructions"]), ("sample", samples)):
         distance, index = (images[:, None] - train).square().sum(-1).sqrt().min(1)
@@ -239,7 +236,7 @@ def test_arrays_have_the_names_that_evaluate_lists(record):
     assert record[1].keys() == set(
         "elbo log_px recon kl kl1 kl2 labels image_shape variance_z1 variance_z2 latent_means "
         "component_mu component_use images reconstructions reconstruction_distance samples "
-        "neighbours sample_distance pseudo_inputs pseudo_samples walks shared_z2 "
+        "neighbours sample_distance pseudo_inputs pseudo_samples walks "
         "plane_box plane_log_prior plane_images plane_image_log_prior".split())
 
 
