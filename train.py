@@ -43,6 +43,7 @@ COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val
 MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes", "compile"}
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
+MANY = 10_000       # fewer training images have a recipe of their own
 PAYS = 5000         # steps from which on compiling is worth its time
 
 
@@ -112,7 +113,7 @@ def apply_recipe(args, data):
         pass
     elif n_train < 3_000:
         values |= TINY
-    elif n_train < 10_000:
+    elif n_train < MANY:
         values |= SMALL
     elif data.name == "fashion" and args.likelihood == "bernoulli":
         values["lr"] /= 2           # at MNIST's rate the HVAE diverged now and then
@@ -232,17 +233,14 @@ class Run:
 
 
 def start(args, config, data):
-    """A Run before its first epoch. Pseudo-inputs start at training images, the output bias at the
-    mean of all."""
+    """A Run before its first epoch. The output bias starts at the mean of the training images,
+    pseudo-inputs at some of them. Of few images the prior would remember these: there they start
+    nearly black, as in the authors' code."""
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
-    K = config.components
-    pick = torch.randperm(len(data.train))[:K]
+    pick = torch.randperm(len(data.train))[:config.components].to(data.train.device)
     u = None
-    if config.prior == "vamp":          # binarised as in a batch; repeated if fewer than K
-        index = pick[torch.arange(K) % len(pick)]
-        u = data.batch(index.to(data.train.device)).cpu()
-        u[len(pick):] += 0.01 * torch.randn_like(u[len(pick):])     # or copies would stay equal
-        u.clamp_(0, 1)
+    if config.prior == "vamp" and max(MANY, config.components) <= len(data.train):
+        u = data.batch(pick).cpu()
     model = build(config, u)
     model.set_output_bias(*(t.cpu() for t in mean_and_spread(data.train)))
     if args.init_from:
