@@ -35,8 +35,8 @@ RECIPES = {
                  weight_decay=0.07, pseudo_inputs=500),
     "quick": dict(epochs=2, batch_size=100, lr=3e-3, warmup=1, ema=0.996,
                   weight_decay=0.08, pseudo_inputs=50)}
-SMALL = dict(epochs=40, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_decay=0.5)
-TINY = SMALL | dict(epochs=100)
+SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=1.0)
+TINY = dict(epochs=100, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_decay=0.5)
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
            "train_kl2 val_kl1 val_kl2 grad_norm seconds").split()
 # settings that may differ on resuming; device, number of processes and compile change the bits
