@@ -37,7 +37,7 @@ LAUNCH   = $(if $(filter 1,$(PROCS)),$(PYTHON),$(TORCHRUN) --nproc-per-node $(PR
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "%-10s  %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: RUN=folder (continued if it exists) MODELS="$(NAMES)" DATASET=$(DATASET)'
-	@echo '  DATA_DIR=$(DATA_DIR) RECIPE=default (or long, quick) SEED=0 SEEDS="0 1 2" EPOCHS SAMPLES'
+	@echo '  DATA_DIR=$(DATA_DIR) RECIPE=default (or long) SEED=0 SEEDS="0 1 2" EPOCHS SAMPLES'
 	@echo '  JOBS=$(JOBS) (models at a time) THREADS=$(THREADS) (of each) PROCS=$(PROCS) (of each)'
 	@echo '  MODEL=FILE.py:CLASS (of your own, for vae, vamp and mog; see conv.py)'
 	@echo '  TRAIN_FLAGS EVAL_FLAGS (see train.py --help) PYTHON3=python3.12 PYTHON=python3 (no .venv)'
@@ -60,7 +60,8 @@ all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
 vae vamp mog hvae hvamp hmog:  ## one model alone
 	@$(MAKE) all MODELS=$@
 quick:  ## the same chain in a few minutes: two epochs, few pseudo-inputs and samples
-	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) RECIPE=quick SAMPLES=$(or $(SAMPLES),20) \
+	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) EPOCHS=$(or $(EPOCHS),2) SAMPLES=$(or $(SAMPLES),20) \
+	  TRAIN_FLAGS="--batch-size 100 --lr 3e-3 --pseudo-inputs 50 $(TRAIN_FLAGS)" \
 	  EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
 plane:  ## the picture at the head of the README: three priors of two latents, 20 minutes
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-plane) MODELS="$(or $(MODELS),vae mog vamp)" \

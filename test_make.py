@@ -74,7 +74,7 @@ def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, wo
 
 @pytest.mark.parametrize("words, said", [
     ("hmog RUN=a/b/ SEED=3 EPOCHS=7", "hvae --prior mog .* --seed 3 --epochs 7 .*--out a/b/hmog "),
-    ("quick", r"--recipe quick .*--out results/\d{8}-\d{6}-quick/vae "),
+    ("quick", r"--epochs 2 --batch-size 100 .*--out results/\d{8}-\d{6}-quick/vae "),
     ("plane EPOCHS=9", r"--epochs 9 --z-dim 2 .*--out results/\d{8}-\d{6}-plane/mog "),
     ("paper SEEDS=1 SAMPLES=9 MODELS=vamp", "evaluate.py .*-paper/seed1/vamp .*--samples 9 "),
     ("vae PROCS=2 DATA_DIR=d", r"run .* 2 train.py .*--data-dir d .* results/\d{8}-\d{6}/vae "),

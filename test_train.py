@@ -189,7 +189,7 @@ def images_of(name, n=50_000, n_pixels=784):
 @pytest.mark.parametrize("flags, n_train, name, n_pixels, own", [
     ("", 50_000, "mnist", 784, {"compile": "on"}), ("--recipe long", 10_000, "mnist", 784, {}),
     ("", 9_999, "a", 784, train.SMALL), ("", 3_000, "a", 9, train.SMALL | {"compile": "off"}),
-    ("", 2_999, "mnist", 784, train.TINY), ("--recipe quick", 2_999, "mnist", 784, {}),
+    ("", 2_999, "mnist", 784, train.TINY),
     ("", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
     ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),

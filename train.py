@@ -32,9 +32,7 @@ RECIPES = {
     "default": dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996,
                     weight_decay=0.08, pseudo_inputs=500),
     "long": dict(epochs=420, batch_size=1000, lr=1.2e-2, warmup=30, ema=0.996,
-                 weight_decay=0.07, pseudo_inputs=500),
-    "quick": dict(epochs=2, batch_size=100, lr=3e-3, warmup=1, ema=0.996,
-                  weight_decay=0.08, pseudo_inputs=50)}
+                 weight_decay=0.07, pseudo_inputs=500)}
 SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=1.0)
 TINY = dict(epochs=100, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_decay=0.5)
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
@@ -109,9 +107,7 @@ def parse_args(argv=None):
 def apply_recipe(args, data):
     """The flags, with the recipe's values where none was given. ValueError if one is too low."""
     values, (n_train, n_pixels) = dict(RECIPES[args.recipe]), data.train.shape
-    if args.recipe == "quick":
-        pass
-    elif n_train < 3_000:
+    if n_train < 3_000:
         values |= TINY
     elif n_train < MANY:
         values |= SMALL
