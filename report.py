@@ -19,6 +19,8 @@ import plot
 # Norouzi, Fleet & Norouzi (2020, arXiv:2004.04795).
 PUBLISHED = {"mnist": {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
                        ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24},
+             "caltech.npz": {("vae", "standard"): 123.43, ("vae", "vamp"): 114.55,
+                             ("hvae", "standard"): 112.08, ("hvae", "vamp"): 108.28},
              "fashion": {("vae", "standard"): 228.70, ("vae", "vamp"): 227.35,
                          ("hvae", "standard"): 227.37, ("hvae", "vamp"): 226.72}}
 COLUMNS = {"Recon": ("recon", max), "KL": ("kl", None), "ELBO": ("elbo", max), "NLL": ("nll", min),
