@@ -275,7 +275,7 @@ def test_terms_of_models_of_any_size_equal_the_plain_form_with_gradients(model, 
     assert all(torch.equal(kept[name], parts[name]) for name in parts)
 
 
-@each_cell
+@pytest.mark.parametrize("model, prior", [("vae", "standard"), ("vae", "vamp"), ("hvae", "vamp")])
 def test_compiled_terms_are_the_same(model, prior):
     """The lines for compiled code are taken; a C++ compiler is not needed."""
     ours, x = small(model, prior).double(), uniform(0, 1, 4, 6).round()
