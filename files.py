@@ -51,6 +51,7 @@ def load_model(path, build, device="cpu"):
     `build` is models.build."""
     import torch
     tensors, info = load(path, device)
+    tensors = {name: t for name, t in tensors.items() if "/" not in name}   # of earlier versions
     try:
         with torch.device("meta"):      # memory is taken for the file's tensors, not the config's
             model = build(info["config"])
