@@ -32,7 +32,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.shape = shape                                                      # (H, W, C)
         self.body = nn.Sequential(GatedConv(shape[2], WIDTH, 5, 2),
-                                  GatedConv(WIDTH, 2 * WIDTH, 5, 2),
+                                  GatedConv(WIDTH, 2 * WIDTH, 3, 2),
                                   GatedConv(2 * WIDTH, 2 * WIDTH, 3), nn.Flatten())
         self.head = GaussianHead(2 * WIDTH * shape[0] * shape[1] // 16, n_out)
 
@@ -49,8 +49,8 @@ class Decoder(nn.Module):
         self.first = nn.Linear(n_in, 2 * WIDTH * self.low[1] * self.low[2])
         self.body = nn.Sequential(      # PixelShuffle turns four channels into two by two pixels
             GatedConv(2 * WIDTH, 4 * WIDTH, 3), nn.PixelShuffle(2),
-            GatedConv(WIDTH, 4 * WIDTH, 5), nn.PixelShuffle(2),
-            nn.Conv2d(WIDTH, n_out // (shape[0] * shape[1]), 5, padding=2))
+            GatedConv(WIDTH, 2 * WIDTH, 3), nn.PixelShuffle(2),
+            nn.Conv2d(WIDTH // 2, n_out // (shape[0] * shape[1]), 5, padding=2))
         self.bias = nn.Parameter(torch.zeros(n_out))    # starts at the data's mean image
 
     def forward(self, z):
