@@ -104,22 +104,18 @@ def plain_log_likelihood(model, x, S):
 # Each takes `quick`, for tiny sizes, and {precision: rate of a large product}. It yields rows.
 
 
-def row(section, case, pairs, bound=None, error=None):
-    """A row of the record. pairs: seconds of plain and of ours; bound: seconds of our products."""
-    theirs, ours = (median(times) for times in zip(*pairs))
-    ratios = [a / b for a, b in pairs]
-    return {"section": section, "case": case, "plain": theirs, "ours": ours, "ratio": theirs / ours,
-            "ratio_low": min(ratios), "ratio_high": max(ratios), "n": len(pairs),
-            "bound_share": bound / ours if bound else None, "error": error}
-
-
 def compare(section, case, theirs, ours, rate, counted=None, error=None):
-    """The row of two functions that take turns. `counted` has the products of ours, if given."""
+    """A row of the record: two functions that take turns. `counted` has the products of ours, if
+    given."""
     theirs(), ours()        # the first call of either is slow, and slower if it compiles
     with FlopCounterMode(display=False) as counter:
         (counted or ours)()
     pairs = [(timeit(theirs, number=1), timeit(ours, number=1)) for _ in range(9)]
-    return row(section, case, pairs, counter.get_total_flops() / rate, error)
+    plain, own = (median(times) for times in zip(*pairs))
+    ratios = [a / b for a, b in pairs]
+    return {"section": section, "case": case, "plain": plain, "ours": own, "ratio": plain / own,
+            "ratio_low": min(ratios), "ratio_high": max(ratios), "n": len(pairs),
+            "bound_share": counter.get_total_flops() / rate / own, "error": error}
 
 
 def mixture(quick, rates):
@@ -137,7 +133,7 @@ def mixture(quick, rates):
 def step(quick, rates):
     """An epoch of one step, compiled if possible. Plain: float32, torch's Adam, no clipping, no
     averaged weights."""
-    compiles = not quick and train.can_compile()
+    compiles = not quick and train.can_compile("cpu")
     for (model, prior), (precision, rate) in itertools.product(CELLS, rates.items()):
         args = train.parse_args(["--out", "none", "--device", "cpu", "--precision", precision])
         vars(args).update(train.RECIPES["default"])

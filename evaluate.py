@@ -3,6 +3,7 @@
     python evaluate.py results/latest/vamp                      S = 500 importance samples an image
     python evaluate.py results/latest/vamp --samples 5000       the paper's protocol
     torchrun --standalone --nproc-per-node 2 evaluate.py RUN    two processes, the same numbers
+    python evaluate.py results/latest/vae --fit-prior DIR       a run with another prior, in DIR
 
 Writes arrays.npz (all that plot.py draws) and metrics.json. Numbers are in nats per image.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,7 @@ import torch
 import data as datasets
 import files
 import parallel
-from models import MODELS, PRIORS, build, draw_normal, log_mixture
+from models import MODELS, PRIORS, MixturePrior, build, draw_normal, log_mixture
 
 CHUNK = 1000        # samples in one pass of a thread
 WIDE = 25_000       # samples times images in one pass of a GPU
@@ -29,6 +31,7 @@ AT_ONCE = {"cpu": 1, "cuda": BLOCK}     # images that a thread works on
 CODED = 50_000      # training images whose codes the classifiers see, at most
 ACTIVE = 0.01       # a unit with a larger variance of its posterior mean is active (Burda et al.)
 CLASSES = 100       # with more classes there is no classifier
+FITTED = 1, 10, 50, 100, 200, 500       # numbers of components to choose from
 
 
 # ----------------------------------------------------------------------------------- likelihood
@@ -232,6 +235,26 @@ def classify(model, data, generator):
             "knn_accuracy": neighbours.fit(train, y).score(test, y_test)}
 
 
+@torch.no_grad()
+def fit_prior(model, data, generator):
+    """Gives a trained model a mixture of Gaussians as prior, fitted to a draw from q(z | x) of each
+    training image. The number of components has the highest density at validation draws."""
+    from sklearn.mixture import GaussianMixture
+
+    def draws(batches):
+        return torch.cat([draw_normal(*model.encode(x), generator) for x in batches]).cpu().numpy()
+    indices = torch.arange(len(data.train), device=data.train.device).split(1000)
+    z = draws(data.batch(index, generator) for index in indices)            # (N, D)
+    z_val = draws(datasets.pixels(part) for part in data.val.split(1000))
+    best = max((GaussianMixture(K, covariance_type="diag", random_state=0).fit(z)
+                for K in FITTED if K <= len(z)), key=lambda mixture: mixture.score(z_val))
+    mu, variance, weights = (torch.from_numpy(a).to(indices[0].device, torch.float32)
+                             for a in (best.means_, best.covariances_, best.weights_))
+    model.prior = MixturePrior(mu, variance.log(), weights.log())
+    model.config = dataclasses.replace(model.config, prior="fitted", components=len(mu),
+                                       learned_weights=True)
+
+
 # ---------------------------------------------------------------------------------- the record
 
 
@@ -306,6 +329,9 @@ def main(argv=None):
                    help="the model of your own that train.py was given")
     p.add_argument("--samples", type=int, default=500, metavar="S",
                    help="importance samples an image; the paper has 5000")
+    p.add_argument("--fit-prior", type=Path, metavar="DIR",
+                   help="only fit a mixture of Gaussians to the training images' codes, and write "
+                        "the run with this prior to DIR")
     p.add_argument("--images", type=int, help="only so many of the test images, the first ones")
     p.add_argument("--data-dir", help="where the data lie now")
     p.add_argument("--dataset", help="where your own array lies now")
@@ -318,6 +344,15 @@ def main(argv=None):
     parallel.start(args.device)
     model, info, data, config = parallel.main_first(
         lambda: load_run(args.run, args.device, args.data_dir, args.dataset))
+    if args.fit_prior:
+        if (args.fit_prior / "model.safetensors").exists():
+            raise ValueError(f"{args.fit_prior} holds a run already: give another folder")
+        fit_prior(model, data, torch.Generator(args.device).manual_seed(0))
+        args.fit_prior.mkdir(parents=True, exist_ok=True)
+        for file in "config.json", "log.csv":
+            shutil.copy(args.run / file, args.fit_prior)
+        info["config"] = vars(model.config)
+        return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
     data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)

@@ -68,19 +68,22 @@ def load_model(path, build, device="cpu"):
 
 
 def add_own_model(name, known):
-    """Adds the class that "FILE.py:CLASS" names to `known`, which is models.MODELS. This runs the
-    file: call it for a name that the user gave, never for one that a weights file holds."""
-    path, _, word = name.partition(":")
+    """Adds the class that "FILE.py:CLASS" names to `known`, which is models.MODELS, and returns its
+    name there, which has no folder. This runs the file: call it for a name that the user gave,
+    never for one that a weights file holds."""
+    path, _, word = name.rpartition(":")
     if name in known:
-        return
+        return name
     if not path.endswith(".py") or not word:
         raise ValueError(f"--model {name}: take {', '.join(known)}, or FILE.py:CLASS")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"own {Path(path).stem}", path)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, word):
         raise ValueError(f"{path} has no class {word}")
+    name = f"{Path(path).name}:{word}"
     known[name] = getattr(module, word)
+    return name
 
 
 def parser(doc):

@@ -24,8 +24,9 @@ matplotlib.rcParams.update({
     "axes.spines.right": False, "legend.fontsize": 7.5, "legend.title_fontsize": 9.5,
     "legend.frameon": False, "lines.markersize": 3, "savefig.dpi": 150, "savefig.bbox": "tight"})
 # Okabe and Ito's palette, for colour-blind readers; the markers say it again
-LOOKS = {"vae": ("#D55E00", "o"), "vamp": ("#0072B2", "s"), "mog": ("#CC79A7", "v"),
-         "hvae": ("#E69F00", "^"), "hvamp": ("#009E73", "D"), "hmog": ("#56B4E9", "P")}
+LOOKS = {"vae": ("#D55E00", "o"), "fit": ("#000000", "X"), "vamp": ("#0072B2", "s"),
+         "mog": ("#CC79A7", "v"), "hvae": ("#E69F00", "^"),
+         "hvamp": ("#009E73", "D"), "hmog": ("#56B4E9", "P")}
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 NATS = "nats per image"
 SHOWN = 6000        # points in a latent space; more hide each other

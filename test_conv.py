@@ -31,7 +31,7 @@ def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
     assert run.label == "ConvVAE + VampPrior" and run.arrays["pseudo_samples"].shape == (6, 3072)
     elbo = [float(row["val_elbo"]) for row in rows(folder / "vamp")]
     assert elbo[-1] > elbo[0] + 1000
-    models.MODELS.pop(CONV[1])      # as in a new process: evaluation runs only a file that is named
+    models.MODELS.pop("conv.py:ConvVAE")    # a new process runs only a file that is named
     refused(lambda: evaluate.main([f"{folder}/vamp"]), "conv.py:ConvVAE", "not one of vae, hvae",
             "--model")
 

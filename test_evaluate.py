@@ -59,13 +59,14 @@ def test_a_centered_mixture_is_the_mixture(learned, reach, low, high, bound):
         assert (value - prior.log_prob(z.float().double())).abs().max() <= bound
 
 
-def test_the_centered_mixture_of_training_errs_by_less_than_a_thousandth():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])      # of the encoder's output
+def test_the_centered_mixture_of_training_errs_by_less_than_a_thousandth(dtype):
     """For draws of 500 components, whose means lie within 3 and whose variances above e^-4."""
-    mu, logvar = uniform(-3, 3, 500, 25).float(), uniform(-4, 0, 500, 25, seed=1).float()
-    prior, z = models.MixturePrior(mu, logvar), models.draw_normal(mu, logvar, seeded(2))
-    exact = prior.double().log_prob(z.double())
+    mu, logvar = uniform(-3, 3, 500, 25).to(dtype), uniform(-4, 0, 500, 25, seed=1).to(dtype)
+    prior, z = models.MixturePrior(mu, logvar), models.draw_normal(mu.float(), logvar, seeded(2))
+    exact = models.log_mixture(z.double(), mu.double(), logvar.double())
     with torch.autocast("cpu", torch.bfloat16):     # which must not reach the products
-        value = prior.float().centered().log_prob(z)
+        value = prior.centered().log_prob(z)
     assert value.dtype == torch.float32 and (value - exact).abs().max() <= 1e-3
 
 
@@ -224,6 +225,32 @@ def test_accuracies_of_codes_that_hold_the_label_and_of_codes_that_do_not(kind, 
     found = evaluate.classify(model, data, seeded(1))
     assert found["probe_accuracy"] == pytest.approx(probe, abs=0.2)
     assert found["knn_accuracy"] == pytest.approx(knn, abs=0.09)
+
+
+def test_the_fitted_prior_is_the_density_of_draws_from_the_posteriors():
+    """Codes are eight clusters of variance 1/4, and the posteriors add the variance 2."""
+    centers = 9 * torch.cartesian_prod(torch.arange(4), torch.arange(2)).float()
+    weights = torch.arange(1.0, 9).softmax(0) + 0.05
+    labels = torch.multinomial(weights, 6000, replacement=True, generator=seeded(0))
+    codes = models.draw_normal(centers[labels], torch.full((2,), 0.25).log(), seeded(1))
+    model = SimpleNamespace(config=models.Config("vae", "standard"), encode=lambda x: (
+        x, torch.full_like(x, 2.0).log()))
+    data = datasets.Data("", "", (1, 2), codes[:4000], codes[4000:5000], codes[5000:], {}, "none",
+                         "")
+    evaluate.fit_prior(model, data, seeded(2))
+    z = models.draw_normal(codes[5000:], torch.full((2,), 2.0).log(), seeded(3))
+    exact = models.log_mixture(z, centers, torch.full_like(centers, 2.25).log(),
+                               (weights / weights.sum()).log())
+    assert (model.prior.log_prob(z) - exact).mean().item() == pytest.approx(0, abs=0.03)
+    assert model.config.components == 10 == len(model.prior.weight_logits)
+
+
+def test_a_fitted_prior_makes_a_run_of_its_own(record, hwhole, tmp_path):
+    evaluate.main([str(hwhole), "--fit-prior", str(tmp_path / "fit")])
+    found, _ = evaluated(tmp_path / "fit")
+    assert found["label"] == "HVAE + fitted mixture" and found["epochs"] == record[0]["epochs"]
+    assert found["recon"] == record[0]["recon"] and found["kl2"] != record[0]["kl2"]
+    refused(lambda: evaluate.main([f"{hwhole}", "--fit-prior", f"{tmp_path}/fit"]), "holds a run")
 
 
 @pytest.mark.parametrize("name", ["nll", "elbo", "recon", "kl", "kl1", "kl2"])

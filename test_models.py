@@ -100,13 +100,6 @@ def test_log_mixture_equals_torch_distributions(monkeypatch, tile, less, lead, K
     assert_same(log_mixture(*inputs[:3]), mixture(*inputs[:3]), inputs[:3])     # equal weights
 
 
-@pytest.mark.parametrize("tile", [1024, 4])
-def test_second_derivatives(monkeypatch, tile):
-    monkeypatch.setattr(models, "TILE", tile)
-    inputs = [t.requires_grad_() for t in (randn(5, 3), randn(7, 3, seed=1), randn(7, 3, seed=2))]
-    assert torch.autograd.gradgradcheck(log_mixture, inputs)
-
-
 @pytest.mark.parametrize("x", [[255.0, 0.0], [-0.1, 1.0], [math.nan, 0.5]])
 def test_log_bernoulli_refuses_what_is_no_probability(x):
     with pytest.raises(ValueError, match=r"expected \[0, 1\]"):

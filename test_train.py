@@ -169,17 +169,6 @@ def test_training_equals_a_plain_reference(flags, changed, digits, tmp_path):
         torch.testing.assert_close(value, kept[best][name], rtol=1e-4, atol=1e-5)
 
 
-def test_the_reference_case_leaves_nothing_out(digits, tmp_path):
-    """Some steps are clipped, some pixels are projected, beta matters and the average lags."""
-    out = fit(tmp_path / "run", digits, *FLAGS.format(**REFERENCE).split())
-    log, last = rows(out), torch.load(out / "last.pt")
-    norms = [float(row["grad_norm"]) for row in log]
-    assert min(norms) < REFERENCE["clip"] < max(norms) and float(log[0]["train_kl"]) > 0.1
-    u = last["model"]["prior.u"]       # a step moves each pixel, and projection alone holds it at 0
-    assert 0 < ((u == 0) | (u == 1)).sum() < u.numel()
-    assert not torch.equal(last["model"]["output.bias"], last["average"]["output.bias"])
-
-
 def images_of(name, n=50_000, n_pixels=784):
     """A Data with such training images, without values."""
     x = torch.empty(n, n_pixels, dtype=torch.uint8, device="meta")
@@ -195,9 +184,7 @@ def images_of(name, n=50_000, n_pixels=784):
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),
     ("--epochs 9", 50_000, "mnist", 784, {"epochs": 9, "warmup": 4, "compile": "off"}),
     ("--compile off", 50_000, "mnist", 784, {"compile": "off"})])
-def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, name, n_pixels, own,
-                                                              monkeypatch):
-    monkeypatch.setattr(train.shutil, "which", lambda compiler: "/bin/g++")
+def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, name, n_pixels, own):
     args = train.parse_args([*flags.split(), "--ema", "0.5"])
     wanted = train.RECIPES[args.recipe] | own | {"ema": 0.5}
     found = train.apply_recipe(args, images_of(name, n_train, n_pixels))

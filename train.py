@@ -13,7 +13,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 
@@ -54,7 +53,8 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="vae", metavar="{vae,hvae,FILE.py:CLASS}",
         help="one latent layer, two, or a model of your own, see conv.py")
-    add("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
+    add("--prior", choices=[name for name in PRIORS if name != "fitted"], default="vamp",
+        help="prior of the top layer")
     add("--learned-weights", action="store_true", help="learn the mixture's weights; else 1/K each")
     add("--likelihood", choices=LIKELIHOODS, default="bernoulli",
         help="bernoulli: black-and-white pixels; logistic: 256 grey levels, also per colour "
@@ -83,7 +83,7 @@ def parse_args(argv=None):
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="of training's matrix products; auto: bfloat16 where the processor has it")
     add("--compile", choices=("auto", "on", "off"), default="auto",
-        help="compile the model's terms; auto: on a GPU, or with g++ or clang++, in long trainings")
+        help="compile the model's terms, if there is a compiler; auto: in long trainings")
     add("--device", choices=("cpu", "cuda"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--init-from", metavar="RUN", help="start from the weights of a finished run")
@@ -91,7 +91,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue a run that is in --out, else start one")
     datasets.add_arguments(p)
     args = p.parse_args(argv)
-    files.add_own_model(args.model, MODELS)
+    args.model = files.add_own_model(args.model, MODELS)
     if args.out is None:
         name = args.model.rpartition(":")[2].lower()
         if args.prior != "standard":
@@ -122,8 +122,7 @@ def apply_recipe(args, data):
     args = argparse.Namespace(**values | given)
     if args.compile == "auto":      # compiling takes as long as it saves in thousands of steps
         pays = args.epochs * n_train >= PAYS * args.batch_size
-        found = args.device == "cuda" or shutil.which("g++") or shutil.which("clang++")
-        args.compile = "on" if pays and found else "off"
+        args.compile = "on" if pays else "off"
     for name, low in LOWEST.items():
         if not getattr(args, name) >= low:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {low}")
@@ -147,18 +146,18 @@ def check_own_model(config):
     x = torch.zeros(2, config.x_dim)
     try:
         model = build(config)
-        found = [tuple(t.shape) for t in (*model.terms(x, 3).values(), model.sample(3),
-                                          model.reconstruct(x))]
-        if set(found) != {(3, 2), (3, x.shape[1]), tuple(x.shape)}:
+        terms = model.terms(x, 3, inferred=model.infer(x)).values()
+        found = [tuple(t.shape) for t in (*terms, model.sample(3), model.reconstruct(x))]
+        if found != [(3, 2)] * len(terms) + [(3, config.x_dim), (2, config.x_dim)]:
             raise RuntimeError(f"terms, sample and reconstruct have the shapes {found}")
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{config.model} does not fit, see models.Model: {error}") from None
 
 
-def can_compile():
+def can_compile(device):
     """Whether torch.compile works here. If not, the main process says so."""
     try:
-        torch.compile(torch.sin)(torch.ones(8))
+        torch.compile(torch.sin)(torch.ones(8, device=device))
         return True
     except Exception as error:      # it wraps whatever the compiler says
         if parallel.is_main_process():
@@ -400,6 +399,9 @@ def main(argv=None):
         args.dataset, args.data_dir, args.binarize, args.split_seed, args.device))
     check_pixels(data, args.likelihood)
     args, out = apply_recipe(args, data), Path(args.out)
+    done = (out / "model.safetensors").exists()
+    if args.compile == "on" and not done and not can_compile(args.device):
+        args.compile = "off"
     model_config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                           args.pseudo_inputs, args.learned_weights, args.likelihood,
                           data.image_shape[0], (*data.image_shape, 1)[2])
@@ -410,11 +412,11 @@ def main(argv=None):
     if parallel.is_main_process():
         lock = open_run(out, config, args.resume or parallel.restarted())   # held until the end
         files.say(f"{out.name}: {data}")
-    if (out / "model.safetensors").exists():
+    if done:
         if parallel.is_main_process():
             files.say(f"{out.name}: trained already")
         return
-    if args.compile == "on" and can_compile():
+    if args.compile == "on":
         run.model.compile(dynamic=False)
     if (out / "last.pt").exists():
         run.restore(torch.load(out / "last.pt", args.device, weights_only=True))
