@@ -15,14 +15,16 @@ import numpy as np
 import files
 import plot
 
-# Published test NLL with dynamic binarisation at S = 5,000: Tomczak & Welling (2018), Table 1, and
-# Norouzi, Fleet & Norouzi (2020, arXiv:2004.04795).
-PUBLISHED = {"mnist": {("vae", "standard"): 84.50, ("vae", "vamp"): 82.38,
-                       ("hvae", "standard"): 82.42, ("hvae", "vamp"): 81.24},
-             "caltech.npz": {("vae", "standard"): 123.43, ("vae", "vamp"): 114.55,
-                             ("hvae", "standard"): 112.08, ("hvae", "vamp"): 108.28},
-             "fashion": {("vae", "standard"): 228.70, ("vae", "vamp"): 227.35,
-                         ("hvae", "standard"): 227.37, ("hvae", "vamp"): 226.72}}
+# Published test NLL of these models at S = 5,000, for grey levels in bits per dimension: Tomczak &
+# Welling (2018), Table 1, and Norouzi, Fleet & Norouzi (2020, arXiv:2004.04795) for Fashion-MNIST.
+CELLS = ("vae", "standard"), ("vae", "vamp"), ("hvae", "standard"), ("hvae", "vamp")
+PUBLISHED = {("mnist", "bernoulli"): (84.50, 82.38, 82.42, 81.24),
+             ("static.npz", "bernoulli"): (88.56, 85.57, 86.05, 83.19),
+             ("caltech.npz", "bernoulli"): (123.43, 114.55, 112.08, 108.28),
+             ("frey.npz", "logistic"): (4.63, 4.57, 4.61, 4.51),
+             ("fashion", "bernoulli"): (228.70, 227.35, 227.37, 226.72)}
+RECORDS = {"paper": "Dynamic MNIST", "fashion": "Fashion-MNIST", "static": "Static MNIST",
+           "caltech": "Caltech 101", "frey": "Frey faces, bits/dim"}     # in README's table
 COLUMNS = {"Recon": ("recon", max), "KL": ("kl", None), "ELBO": ("elbo", max), "NLL": ("nll", min),
            "Bits/dim": ("bits_per_dim", min)}      # title: key in metrics.json, which is best
 NOTES = {
@@ -31,16 +33,21 @@ NOTES = {
     "NLL": "Lower NLL is better. NLL is an upper bound in expectation, tighter with larger S.",
     "Active units": "Active units: posterior mean with a variance above 0.01 over the test images "
                     "(Burda et al., 2016).",
+    "Seeds as one": "Seeds as one: NLL of the mean of the seeds' likelihoods, image by image.",
     "Components in use": "Components in use: perplexity of the mean responsibilities.",
     "Linear probe": "Linear probe and k-NN: test accuracy of logistic regression and of 5 nearest "
                     "neighbours on the posterior means."}       # column: what it means
 
 
 def read(folder):
-    """{name: [metrics of each seed]} of the models in `folder`, or in its folders seed0, ..."""
+    """{name: [metrics of each seed]} of the models in `folder`, or in its folders seed0, ...
+    With each image's log p(x) as "log_px" (N,), where there is an arrays.npz."""
     found = {}
     for path in sorted([*folder.glob("*/metrics.json"), *folder.glob("seed*/*/metrics.json")]):
-        found.setdefault(path.parent.name, []).append(json.loads(path.read_text()))
+        metrics, arrays = json.loads(path.read_text()), path.with_name("arrays.npz")
+        if arrays.exists():
+            metrics["log_px"] = np.load(arrays)["log_px"].astype(float)
+        found.setdefault(path.parent.name, []).append(metrics)
     if not found:
         raise ValueError(f"no metrics.json under {folder}: run evaluate.py first")
     return {name: found[name] for name in sorted(found, key=plot.place)}
@@ -58,6 +65,14 @@ def cell(seeds, key):
     return plot.plus_minus(fmean(values), spread)
 
 
+def seeds_as_one(seeds):
+    """NLL of the mean of the seeds' likelihoods, "-" for one seed or different measurements."""
+    log_px = [m["log_px"] for m in seeds if "log_px" in m and measured(m) == measured(seeds[0])]
+    if len(log_px) < max(2, len(seeds)):
+        return "-"
+    return f"{math.log(len(log_px)) - np.logaddexp.reduce(log_px).mean():.2f}"
+
+
 def accuracy(seeds, key):
     """An accuracy in percent ± its binomial error or its spread over seeds, "-" without one."""
     values = [m[key] for m in seeds if key in m]
@@ -72,9 +87,8 @@ def accuracy(seeds, key):
 
 def published(m):
     """The published NLL of this model on these data, or "-"."""
-    if m["binarize"] != "dynamic" or m["note"]:
-        return "-"
-    value = PUBLISHED.get(m["dataset"], {}).get((m["model"], m["prior"]))
+    values = dict(zip(CELLS, PUBLISHED.get((m["dataset"], m["likelihood"]), ())))
+    value = None if m["note"] else values.get((m["model"], m["prior"]))
     return "-" if value is None else f"{value:.2f}"
 
 
@@ -100,7 +114,8 @@ def results(models):
         each = [f"{m['nll']['mean']:.2f}" for m in seeds]
         rows[name] |= {
             "NLL of each seed": ", ".join(each) if len(each) > 1 else "-",
-            "Published NLL": published(seeds[0]),
+            "Seeds as one": seeds_as_one(seeds),
+            "Published": published(seeds[0]),
             "Epochs": ", ".join(dict.fromkeys(str(m["epochs"]) for m in seeds)),
             "Minutes": ", ".join(f"{m['train_seconds'] / 60:.1f}" for m in seeds)}
     return without_empty_columns(list(rows.values()))
@@ -152,18 +167,18 @@ def conditions(models):
     return sorted(lines)
 
 
-def gain(folder, models):
-    """How much the VampPrior gains in NLL over N(0, I), image by image: a sentence per model."""
+def gain(models):
+    """How much the VampPrior gains in NLL over another prior, image by image: a sentence each. Of
+    several seeds the first is compared."""
     lines = []
-    for names in (("vae", "vamp"), ("hvae", "hvamp")):
-        paths = [folder / name / "arrays.npz" for name in names if name in models]
-        if len(paths) < 2 or not all(path.exists() for path in paths):
+    for names in (("vae", "vamp"), ("fit", "vamp"), ("hvae", "hvamp")):
+        pair = [models[name][0] for name in names if name in models]
+        if len(pair) < 2 or not all("log_px" in m for m in pair):
             continue
-        plain, vamp = (models[name][0] for name in names)
-        plain_log_px, vamp_log_px = (np.load(path)["log_px"].astype(float) for path in paths)
+        plain, vamp = pair
         if measured(plain) != measured(vamp) or plain["images"] == 1:
             continue
-        d = vamp_log_px - plain_log_px
+        d = vamp["log_px"] - plain["log_px"]
         direction = "lower" if d.mean() > 0 else "higher"
         lines.append(f"The NLL of {vamp['label']} is {abs(d.mean()):.2f} ± "
                      f"{d.std(ddof=1) / math.sqrt(len(d)):.2f} nats {direction} than the NLL of "
@@ -179,10 +194,10 @@ def notes(*tables):
     return [text for column, text in NOTES.items() if any(column in rows[0] for rows in tables)]
 
 
-def report(folder, models):
+def report(models):
     """report.md."""
     tables = results(models), latents(models)
-    lines = conditions(models) + gain(folder, models) + notes(*tables)
+    lines = conditions(models) + gain(models) + notes(*tables)
     return "\n\n".join([*map(markdown, tables), "\n".join(f"- {line}" for line in lines)]) + "\n"
 
 
@@ -201,18 +216,32 @@ def html(folder, models):
     tables = results(models), latents(models)
     template = (Path(__file__).parent / "report.html.j2").read_text()
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(
-        tables=tables, conditions=conditions(models), gain=gain(folder, models),
+        tables=tables, conditions=conditions(models), gain=gain(models),
         notes=notes(*tables), pictures=pictures, configs=configs)
 
 
+def by_data(assets):
+    """README's table, a dict a row: our NLL and, in brackets, the published one."""
+    rows = []
+    for folder in (folder for folder in RECORDS if (assets / folder).exists()):
+        models = read(assets / folder)
+        seeds = models["vae"]
+        row = {"Data": f"{RECORDS[folder]}, {len(seeds)} seed{'s' * (len(seeds) > 1)}, "
+                       f"S = {seeds[0]['samples']:,}"}
+        for seeds in (models[name] for name in ("vae", "vamp", "hvae", "hvamp")):
+            key = "bits_per_dim" if "bits_per_dim" in seeds[0] else "nll"
+            row[seeds[0]["label"]] = f"{cell(seeds, key)} ({published(seeds[0])})"
+        rows.append(row)
+    return rows
+
+
 def readme(text, assets):
-    """README.md's text with the table of `make paper` between its markers renewed."""
+    """README.md's text with the table of NLLs between its markers renewed."""
     begin, end = "<!-- begin results -->\n", "<!-- end results -->"
     if begin not in text or end not in text:
         raise ValueError(f"the file has no line {begin.strip()} and {end}")
-    keys = "Model", "Recon", "KL", "ELBO", "NLL", "Published NLL"
-    rows = [{key: row[key] for key in keys} for row in results(read(assets / "paper"))]
-    return text.partition(begin)[0] + begin + markdown(rows) + "\n" + end + text.partition(end)[2]
+    table = markdown(by_data(assets))
+    return f"{text.partition(begin)[0]}{begin}{table}\n{end}{text.partition(end)[2]}"
 
 
 @files.friendly
@@ -226,12 +255,12 @@ def main(argv=None):
     if args.readme:
         files.write_atomic(args.readme, readme(args.readme.read_text(), args.assets))
         for folder in (path for path in args.assets.iterdir() if path.is_dir()):
-            files.write_atomic(folder / "report.md", report(folder, read(folder)))
+            files.write_atomic(folder / "report.md", report(read(folder)))
         return
     if args.run is None:
         p.error("give a run's folder, or --readme")
     models = read(args.run)
-    files.write_atomic(args.run / "report.md", report(args.run, models))
+    files.write_atomic(args.run / "report.md", report(models))
     files.write_atomic(args.run / "report.html", html(args.run, models))
     print(f"{markdown(results(models))}\n{args.run / 'report.html'}")
 
