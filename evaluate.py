@@ -165,7 +165,7 @@ def pictures(model, data, generator, n=48):
     from sklearn.neighbors import NearestNeighbors      # here, because it takes seconds
     images = datasets.pixels(data.test[:n])
     arrays = {"images": images, "reconstructions": model.reconstruct(images),
-              "samples": model.sample(64, generator), "walks": walks(model, images)}
+              "samples": model.sample(64, generator)}
     train = datasets.pixels(data.train).cpu().numpy()
     nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train)
     distance, index = nearest.kneighbors(arrays["samples"][:16].cpu().numpy())
@@ -173,17 +173,6 @@ def pictures(model, data, generator, n=48):
     distance, _ = nearest.kneighbors(arrays["reconstructions"].cpu().numpy())
     arrays["reconstruction_distance"] = distance[:, 0]
     return arrays
-
-
-def walks(model, images, pairs=3, steps=12):
-    """(pairs, steps, D): images along the lines between the latent means of pairs of images."""
-    way = torch.linspace(0, 1, steps, device=images.device)[:, None]
-    found = []
-    for i in range(0, 2 * min(pairs, len(images) // 2), 2):
-        means = [z for z, _ in model.latents(images[i:i + 2]).values()]
-        points = [torch.lerp(*z.split(1), way) for z in means]
-        found.append(model.mean_image(model.decode(*points)))
-    return torch.stack(found) if found else images.new_zeros(0, steps, images.shape[1])
 
 
 @torch.no_grad()
@@ -251,7 +240,7 @@ def fit_prior(model, data, generator):
     mu, variance, weights = (torch.from_numpy(a).to(indices[0].device, torch.float32)
                              for a in (best.means_, best.covariances_, best.weights_))
     model.prior = MixturePrior(mu, variance.log(), weights.log())
-    model.config = dataclasses.replace(model.config, prior="fitted", components=len(mu),
+    model.config = dataclasses.replace(model.config, prior="mog", components=len(mu),
                                        learned_weights=True)
 
 
@@ -287,8 +276,8 @@ def evaluate(model, data, S, tick=lambda n: None):
     #   component_mu (K, L)                       component_use (K,)
     #   images, reconstructions (48, D)           reconstruction_distance (48,)
     #   samples (64, D)                           neighbours (16, D)        sample_distance (16,)
-    #   pseudo_inputs, pseudo_samples (40, D)     walks (3, 12, D)          plane_box (4,)
-    #   plane_log_prior (160, 160)       plane_images (18, 18, D)     plane_image_log_prior (18, 18)
+    #   pseudo_inputs, pseudo_samples (40, D)     plane_box (4,)    plane_log_prior (160, 160)
+    #   plane_images (18, 18, D)                  plane_image_log_prior (18, 18)
     statistics, arrays = latent_statistics(model, x, generator)
     arrays |= terms | pictures(model, data, generator)
     if config.prior == "vamp":
@@ -351,7 +340,7 @@ def main(argv=None):
         args.fit_prior.mkdir(parents=True, exist_ok=True)
         for file in "config.json", "log.csv":
             shutil.copy(args.run / file, args.fit_prior)
-        info["config"] = vars(model.config)
+        info |= {"config": vars(model.config), "fitted": True}
         return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
@@ -364,6 +353,8 @@ def main(argv=None):
         return
     metrics |= {name: info[name] for name in ("epochs", "best_epoch", "train_seconds")}
     metrics["trained_in"] = config["precision"]
+    if "fitted" in info:
+        metrics |= {"prior": "fitted", "label": f"{type(model).__name__} + fitted mixture"}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)
     files.write_atomic(args.run / "arrays.npz", buffer.getvalue())

@@ -173,13 +173,6 @@ def pseudo_inputs(runs):
     return strips(blocks, 20)
 
 
-def walks(runs):
-    """From one test image to another. A row decodes points of the straight line between two
-    latent means. The prior may be thin half-way."""
-    pairs = min(len(run.arrays["walks"]) for run in runs)
-    return strips([[(run.label, images_of(run, "walks")[i]) for run in runs] for i in range(pairs)])
-
-
 def neighbours(runs):
     """Samples, and below each the nearest training image. A memorised image would be equal to its
     neighbour. Distances are Euclidean; the reconstructions are of test images."""
@@ -358,7 +351,6 @@ FIGURES = {     # file name: function, array without which there is none, whethe
     "reconstructions": (reconstructions, "images", True),
     "samples": (samples, "samples", False),
     "pseudo_inputs": (pseudo_inputs, "pseudo_inputs", True),
-    "walks": (walks, "walks", True),
     "neighbours": (neighbours, "neighbours", False),
     "planes": (planes, "plane_box", True),
     "latents": (latents, "latent_means", True),

@@ -5,9 +5,7 @@ import os
 import pickle
 import re
 import shutil
-import socket
 import subprocess
-import time
 import zipfile
 from pathlib import Path
 
@@ -103,17 +101,6 @@ def test_training_images_by_binarisation(made):
     assert np.array_equal(none(every), grey)
 
 
-@pytest.mark.parametrize("line", [
-    "static.npz: 50,000 train, 10,000 val, 10,000 test images of 28 x 28, black and white",
-    "caltech.npz: 4,100 train, 2,264 val, 2,307 test images of 28 x 28, black and white",
-    "frey.npz: 1,565 train, 200 val, 200 test images of 28 x 20, grey levels"])
-def test_the_papers_other_data(line):
-    path = REAL / line.partition(":")[0]
-    if not path.exists():
-        pytest.skip(f"no {path.name} in DATA_DIR")
-    assert str(data.load(path, binarize="none")) == line
-
-
 @pytest.mark.parametrize("scale", [1, 255])     # uint8 as it is, floats
 def test_binarise_is_exact(scale):
     x = torch.tensor([0, 255, 128, 1, 254], dtype=torch.uint8).repeat(1_000_001, 1)
@@ -157,14 +144,6 @@ def test_a_failed_download_leaves_whole_files_only(made, tmp_path, monkeypatch, 
     assert not Path("exploded").exists()
     monkeypatch.setattr(MNIST, "resources", sums)
     check_protocol(data.load("mnist", "new"), *made[1])
-
-
-def test_mirrors_that_do_not_answer_cost_some_seconds_only(monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        mirrors = [f"http://127.0.0.1:{port}/" for port in (silent.getsockname()[1], 1)]
-        assert data.answering(mirrors, "file", seconds=0.5) == []
-    monkeypatch.setattr(data, "urlopen", lambda *_, **__: time.sleep(20))   # a name's look-up
-    assert data.answering(mirrors, "file", seconds=0.1) == []
 
 
 @pytest.mark.parametrize("x, expected", [

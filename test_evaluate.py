@@ -183,15 +183,6 @@ def test_pseudo_pictures_begin_with_the_most_used(whole):
     torch.testing.assert_close(got["pseudo_samples"], model.generate(z))
 
 
-@pytest.mark.parametrize("kind", ["whole", "hwhole"])
-def test_a_walk_leads_from_one_reconstruction_to_the_other(kind, request):
-    model, _, data, _ = evaluate.load_run(request.getfixturevalue(kind))
-    images = datasets.pixels(data.test[:7])
-    got, ends = evaluate.walks(model, images), model.reconstruct(images)
-    assert got.shape == (3, 12, 64) and len(evaluate.walks(model, images[:1])) == 0
-    torch.testing.assert_close(got[:, [0, -1]].flatten(0, 1), ends[:6])
-
-
 def test_the_plane_is_the_priors_density_and_its_images():
     """The prior is one Gaussian; the image of a point is the point itself."""
     mu, logvar = torch.tensor([[1.0, -2.0]]), torch.tensor([[-2.0, -4.0]])
@@ -265,7 +256,7 @@ def test_arrays_have_the_names_that_evaluate_lists(record):
     assert record[1].keys() == set(
         "elbo log_px recon kl kl1 kl2 labels image_shape variance_z1 variance_z2 latent_means "
         "component_mu component_use images reconstructions reconstruction_distance samples "
-        "neighbours sample_distance pseudo_inputs pseudo_samples walks "
+        "neighbours sample_distance pseudo_inputs pseudo_samples "
         "plane_box plane_log_prior plane_images plane_image_log_prior".split())
 
 

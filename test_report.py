@@ -30,7 +30,7 @@ def fake_run(folder, shape=(5, 4), N=60, D=40, K=40, rows=420, **changes):
     a = {"image_shape": np.array(shape), "images": np.arange(n * size).reshape(n, size) % 97 / 100,
          "reconstructions": pixels(n), "samples": pixels(64), "neighbours": pixels(16),
          "sample_distance": np.arange(16), "reconstruction_distance": np.full(n, 3.5),
-         "walks": pixels(min(3, n // 2), 12), "log_px": rng.normal(-82, 12, N),
+         "log_px": rng.normal(-82, 12, N),
          "latent_means": rng.normal(3, 1, (N, D)) * np.linspace(1, 3, D)}
     a |= {f"variance_{z}": rng.permutation(np.logspace(-4, 0, D)) for z in m["latent_dims"]}
     if m["prior"] == "vamp":
@@ -83,9 +83,7 @@ def test_pictures_are_the_arrays_they_are_named_for(runs, name, strips):
                  [strip for run in shown for strip in strips(run.label, run.arrays)])
 
 
-def test_walks_and_reconstructions_are_compared_row_by_row(runs):
-    assert_shows(plot.walks(runs), [(run.label, run.arrays["walks"][i])
-                                    for i in range(3) for run in runs])
+def test_reconstructions_are_compared_row_by_row(runs):
     images = runs[0].arrays["images"]
     rows = [(run.label, run.arrays["reconstructions"][:16]) for run in runs]
     other = runs[2]._replace(arrays=runs[2].arrays | {"images": images[::-1]})
@@ -191,7 +189,7 @@ def test_plane_shows_the_prior_and_what_it_generates(tmp_path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("names, missing, extremes", [
-    (["hvamp"], {"walks", "planes"},
+    (["hvamp"], {"planes"},
      dict(N=1, D=1, K=1, rows=1, recon=stat(-60, None), kl=stat(25, None), nll=stat(82, None))),
     (["K50", "K500"], set(), dict(D=2, shape=(5, 4, 3), note="$\\frac{$ <script>"))])
 def test_extreme_runs_are_drawn_and_shown(tmp_path, monkeypatch, capsys, names, missing, extremes):

@@ -53,8 +53,7 @@ def parse_args(argv=None):
     add = p.add_argument
     add("--model", default="vae", metavar="{vae,hvae,FILE.py:CLASS}",
         help="one latent layer, two, or a model of your own, see conv.py")
-    add("--prior", choices=[name for name in PRIORS if name != "fitted"], default="vamp",
-        help="prior of the top layer")
+    add("--prior", choices=PRIORS, default="vamp", help="prior of the top layer")
     add("--learned-weights", action="store_true", help="learn the mixture's weights; else 1/K each")
     add("--likelihood", choices=LIKELIHOODS, default="bernoulli",
         help="bernoulli: black-and-white pixels; logistic: 256 grey levels, also per colour "
