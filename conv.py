@@ -1,6 +1,7 @@
 """A convolutional VAE, as an example of a model of your own:
 
-    python train.py --model conv.py:ConvVAE --prior vamp --out DIR --lr 3e-3 --epochs 40
+    python train.py --model conv.py:ConvVAE --prior vamp --out DIR --batch-size 500 --lr 8e-3 \
+        --epochs 30 --warmup 3
     python evaluate.py DIR --model conv.py:ConvVAE
 
 For grey images (H, W) and colour images (H, W, 3) whose sides are divisible by four.
