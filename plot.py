@@ -199,7 +199,8 @@ def usual_limits(lines):
 
 def curves(runs):
     """ELBO, reconstruction and KL in the course of training. Validation uses the averaged weights.
-    A single model's figure adds training (grey), each layer's KL and the epoch that is kept."""
+    A fitted mixture has the curves of its VAE. A single model's figure adds training (grey), each
+    layer's KL and the epoch that is kept."""
     alone = len(runs) == 1
     lines = [("val", run.label, run.color, run) for run in runs]
     if alone:
@@ -229,7 +230,8 @@ def curves(runs):
 
 def tradeoff(runs):
     """Reconstruction against KL. Points: test images, with standard errors. Thin lines: validation
-    over the epochs. Along a grey line the ELBO is the same; up and to the left is better."""
+    over the epochs, for a fitted mixture of its VAE. Along a grey line the ELBO is the same; up and
+    to the left is better."""
     fig, (ax,) = panels(1, 6.4, 4.8)
     seen = []       # what the limits must hold: (KL, reconstruction)
     for run in runs:
