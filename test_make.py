@@ -173,7 +173,9 @@ def test_claims_of_results_are_those_of_the_records():
     short = sum(m["train_seconds"] + m["seconds"]["all"] for m in models) / 2   # two at a time
     assert short < 30 * 60 < seconds < 60 * 60 and models[0]["epochs"] == 340   # README's times
     caltech = {name: m["nll"]["mean"] for name, (m,) in report.read(HERE / "assets/caltech").items()}
-    assert caltech["fit"] < caltech["vamp"] - 1         # the rival
+    assert caltech["fit"] < caltech["vamp"] - 1
+    own = {name: m["nll"]["mean"] for name, (m,) in report.read(HERE / "assets/conv").items()}
+    assert report.read(HERE / "assets/runs")["vamp"][0]["nll"]["mean"] < own["vamp"] < own["vae"]
     for folder, gain in (("runs", 3), ("fashion", 14)):     # "more units stay active"
         models = report.read(HERE / "assets" / folder)
         vae, vamp = (models[name][0]["active_units"]["z"] for name in ("vae", "vamp"))
