@@ -11,7 +11,6 @@ import dataclasses
 import io
 import json
 import math
-import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -341,10 +340,10 @@ def main(argv=None):
             raise ValueError(f"{args.fit_prior} holds a run already: give another folder")
         fit_prior(model, data, torch.Generator(args.device).manual_seed(0))
         args.fit_prior.mkdir(parents=True, exist_ok=True)
-        shutil.copy(args.run / "log.csv", args.fit_prior)
+        files.write_atomic(args.fit_prior / "log.csv", (args.run / "log.csv").read_bytes())
         config |= {"prior": "fitted", "out": str(args.fit_prior)}
         files.write_atomic(args.fit_prior / "config.json", json.dumps(config, indent=2) + "\n")
-        info |= {"config": vars(model.config), "fitted": True}
+        info["config"] = vars(model.config)
         return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
@@ -357,7 +356,7 @@ def main(argv=None):
         return
     metrics |= {name: info[name] for name in ("epochs", "best_epoch", "train_seconds")}
     metrics["trained_in"] = config["precision"]
-    if "fitted" in info:
+    if config["prior"] == "fitted":
         metrics |= {"prior": "fitted", "label": f"{type(model).__name__} + fitted mixture"}
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)

@@ -274,16 +274,17 @@ def test_gain_is_paired_and_has_its_error(tmp_path):
 def test_readme_is_renewed_between_its_markers(tmp_path):
     path, assets = tmp_path / "README.md", tmp_path / "assets"
     for name in ("vae", "vamp", "hvae", "hvamp"):
-        fake_run(assets / "paper" / name)
+        for folder in report.RECORDS:
+            fake_run(assets / folder / name)
     fake_run(assets / "runs/vamp")
     text = "before\n<!-- begin results -->\n{}<!-- end results -->\nafter\n"
     path.write_text(text.format("old\n"))
     report.main(["--readme", str(path), "--assets", str(assets)])
     (row,) = report.results(report.read(assets / "runs"))
     assert (assets / "runs/report.md").read_text().startswith(report.markdown([row]))
-    (row,) = report.by_data(assets)
+    row, *others = report.by_data(assets)
     nll = json.loads((assets / "paper/hvamp/metrics.json").read_text())["nll"]["mean"]
     assert row["HVAE + VampPrior"] == f"{nll:.2f} ± 0.21 (81.24)"
     assert row["Data"] == "Dynamic MNIST, 1 seed, S = 5,000"
-    assert path.read_text() == text.format(report.markdown([row]) + "\n")
+    assert path.read_text() == text.format(report.markdown([row, *others]) + "\n")
     assert len(set(map(len, report.markdown([row]).splitlines()))) == 1     # columns are aligned
