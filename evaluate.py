@@ -302,7 +302,7 @@ def load_run(folder, device="cpu", data_dir=None, dataset=None):
     model, info = files.load_model(folder / "model.safetensors", build, device)
     config = json.loads((folder / "config.json").read_text())
     data = datasets.load(dataset or config["dataset"], data_dir or config["data_dir"],
-                         config["binarize"], config["split_seed"], device)
+                         config["binarize"], device)
     if data.sha256 != config["sha256"]:
         raise ValueError(f"{folder} was trained on other images than {data.name} holds now: name "
                          "the file that it was trained on by --dataset")
@@ -349,8 +349,8 @@ def main(argv=None):
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
     data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)
     own = BLOCK * len(range(parallel.rank() * BLOCK, len(data.test), parallel.size() * BLOCK))
-    with files.Progress(total=min(own, len(data.test)), desc=f"{name}: likelihood",
-                        disable=not parallel.is_main_process()) as bar:
+    with files.progress(parallel.is_main_process(), desc=f"{name}: likelihood",
+                        total=min(own, len(data.test))) as bar:
         metrics, arrays = evaluate(model, data, args.samples, bar.update)
     if not parallel.is_main_process():
         return

@@ -51,7 +51,6 @@ def load_model(path, build, device="cpu"):
     `build` is models.build."""
     import torch
     tensors, info = load(path, device)
-    tensors = {name: t for name, t in tensors.items() if "/" not in name}   # of earlier versions
     try:
         with torch.device("meta"):      # memory is taken for the file's tensors, not the config's
             model = build(info["config"])
@@ -93,23 +92,9 @@ def parser(doc):
                                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-class Progress(tqdm):
-    """A bar on a terminal; in a log file, a line a minute."""
-
-    def __init__(self, **options):
-        self.terminal = sys.stderr.isatty()
-        super().__init__(mininterval=0.5 if self.terminal else 60, miniters=1,
-                         dynamic_ncols=self.terminal, leave=False, **options)
-
-    def display(self, msg=None, pos=None):
-        """Draws in a single write, which the bars of other processes cannot break up."""
-        text = str(self) if msg is None else msg
-        if self.terminal:
-            rows = abs(self.pos if pos is None else pos)
-            text = "\n" * rows + "\r\x1b[K" + text + "\r" + "\x1b[A" * rows
-        elif text:
-            text += "\n"
-        print(text, end="", file=self.fp, flush=True)
+def progress(show, **options):
+    """A bar, if `show` and if this is a terminal. make gives models side by side a line each."""
+    return tqdm(disable=None if show else True, mininterval=0.5, leave=False, **options)
 
 
 def say(text):

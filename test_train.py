@@ -368,7 +368,7 @@ def test_a_run_that_diverges_ends_with_a_line(digits, tmp_path):
 
 
 @pytest.mark.parametrize("kind, flags, said", [
-    ("grey", "--binarize none", "--likelihood logistic"), ("grey", "--epochs 0", "--epochs"),
+    ("grey", "--epochs 0", "--epochs"),
     ("black", "--likelihood gaussian", "bernoulli"), ("colour", "", "--likelihood logistic"),
     ("floats", "--likelihood logistic", "gaussian"), ("grey", "--patience 0", "--patience"),
     ("grey", "--lr -1", "--lr"), ("grey", "--lr nan", "--lr"), ("grey", "--clip -1", "--clip"),

@@ -96,8 +96,7 @@ def parse_args(argv=None):
         if args.prior != "standard":
             name = name.replace("vae", args.prior)
         args.out = time.strftime(f"results/%Y%m%d-%H%M%S/{name}")
-    if args.likelihood != "bernoulli":
-        args.binarize = "none"
+    args.binarize = "dynamic" if args.likelihood == "bernoulli" else "none"
     if args.precision == "auto":
         args.precision = "bfloat16" if has_bfloat16(args.device) else "float32"
     return args
@@ -130,11 +129,7 @@ def apply_recipe(args, data):
 
 def check_pixels(data, likelihood):
     """ValueError if the pixels' values do not suit the likelihood."""
-    binary = data.binarize != "none" or datasets.is_binary(data.train)
-    if likelihood == "bernoulli" and not binary:
-        raise ValueError(f"{data.name} is grey, which has no Bernoulli likelihood: use --binarize "
-                         "dynamic, or --likelihood logistic (256 levels) or gaussian")
-    if likelihood != "bernoulli" and binary:
+    if likelihood != "bernoulli" and datasets.is_binary(data.train):
         raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
     if likelihood == "logistic" and data.train.dtype != torch.uint8:
         raise ValueError(f"{data.name} has more than 256 levels: use --likelihood gaussian")
@@ -357,9 +352,8 @@ def train_epoch(run, net, args, data, tick=lambda: None):
 def fit(run, args, data, out):
     """Trains until the schedule or the patience ends, and writes the files after each epoch."""
     steps = -(-len(data.train) // args.batch_size)
-    with files.Progress(total=args.epochs * steps, initial=run.epoch * steps,
-                        desc=f"{out.name}: training",
-                        disable=not parallel.is_main_process()) as bar:
+    with files.progress(parallel.is_main_process(), desc=f"{out.name}: training",
+                        total=args.epochs * steps, initial=run.epoch * steps) as bar:
         while run.epoch < args.epochs:
             if run.best and run.epoch - run.best_epoch >= args.patience:
                 break
@@ -395,7 +389,7 @@ def main(argv=None):
     args = parse_args(argv)
     parallel.start(args.device)
     data = parallel.main_first(lambda: datasets.load(
-        args.dataset, args.data_dir, args.binarize, args.split_seed, args.device))
+        args.dataset, args.data_dir, args.binarize, args.device))
     check_pixels(data, args.likelihood)
     args, out = apply_recipe(args, data), Path(args.out)
     done = (out / "model.safetensors").exists()
