@@ -272,6 +272,8 @@ def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
         rng = np.random.RandomState(777)        # the authors' seed; validation is drawn first
         images[1:] = [draw_once(images[1], rng), draw_once(images[2], rng)]
     images = [torch.from_numpy(x).to(device) for x in images]
+    if is_binary(images[0]):
+        binarize = "none"       # the field calls such data static
     labels = [torch.from_numpy(y).to(device) for y in labels or ()]
     return Data(path.name, note, image_shape, *images, dict(zip(SPLITS, labels)), binarize,
                 digest.hexdigest())

@@ -95,12 +95,13 @@ def test_protocol_on_the_real_mnist():
     assert loaded.sha256 == REAL_SHA256
 
 
-def test_training_images_by_binarisation(made):
+def test_training_images_by_binarisation(made, tmp_path):
     grey, every = made[1][0][:-10_000].reshape(-1, 784) / np.float32(255), torch.arange(20)
     dynamic, none = (data.load("mnist", made[0], mode).batch for mode in ("dynamic", "none"))
     one, other = (dynamic(every, torch.Generator().manual_seed(seed)) for seed in (0, 1))
     assert not torch.equal(one, other) and one.unique().tolist() == [0, 1]
     assert np.array_equal(none(every), grey)
+    assert own(tmp_path, "dynamic", x=BITS).binarize == "none"      # it is static
 
 
 @pytest.mark.parametrize("scale", [1, 255])     # uint8 as it is, floats
