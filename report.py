@@ -206,11 +206,8 @@ def html(folder, models):
     """report.html: one file, with the figures inside it."""
     found = [(folder / f"{name}.png", *plot.title_and_caption(draw))
              for name, (draw, *_) in plot.FIGURES.items()]
-    configs = {}
     for name, (m, *_) in models.items():        # a single model's figure shows the training curve
         found.append((folder / name / "curves.png", f"Training of {plot.full_label(name, m)}", ""))
-        if (folder / name / "config.json").exists():
-            configs[name] = json.loads((folder / name / "config.json").read_text())
     pictures = [{"title": title, "caption": caption,
                  "png": base64.b64encode(path.read_bytes()).decode()}
                 for path, title, caption in found if path.exists()]
@@ -218,7 +215,7 @@ def html(folder, models):
     template = (Path(__file__).parent / "report.html.j2").read_text()
     return jinja2.Environment(autoescape=True, trim_blocks=True).from_string(template).render(
         tables=tables, conditions=conditions(models), gain=gain(models),
-        notes=notes(*tables), pictures=pictures, configs=configs)
+        notes=notes(*tables), pictures=pictures)
 
 
 def by_data(assets):

@@ -41,7 +41,6 @@ def fake_run(folder, shape=(5, 4), N=60, D=40, K=40, rows=420, **changes):
               "plane_images": pixels(4, 4), "plane_image_log_prior": rng.normal(-4, 1, (4, 4))}
     folder.mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(m))
-    (folder / "config.json").write_text(json.dumps({"note": m["note"]}))
     lines = (RECORDS / kind / "log.csv").read_text().splitlines()
     (folder / "log.csv").write_text("\n".join(lines[:rows + 1]))
     np.savez(folder / "arrays.npz", **a)
