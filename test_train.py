@@ -160,13 +160,15 @@ def test_training_equals_a_plain_reference(flags, changed, digits, tmp_path):
 def images_of(name, n=50_000, n_pixels=784):
     """A Data with such training images, without values."""
     x = torch.empty(n, n_pixels, dtype=torch.uint8, device="meta")
-    return datasets.Data(name, "", (1, n_pixels), x, x, x, {}, "dynamic", "")
+    binarize = "none" if name == "static" else "dynamic"
+    return datasets.Data(name, "", (1, n_pixels), x, x, x, {}, binarize, "")
 
 
 @pytest.mark.parametrize("flags, n_train, name, n_pixels, own", [
     ("", 50_000, "mnist", 784, {"compile": "on"}), ("--recipe long", 10_000, "mnist", 784, {}),
     ("", 9_999, "a", 784, train.SMALL), ("", 3_000, "a", 9, train.SMALL | {"compile": "off"}),
-    ("", 2_999, "mnist", 784, train.TINY),
+    ("", 2_999, "mnist", 784, train.TINY), ("--recipe long", 50_000, "static", 784, train.STATIC),
+    ("--model hvae", 50_000, "static", 784, train.STATIC | {"lr": 0.006}),
     ("", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
     ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),

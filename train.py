@@ -25,13 +25,14 @@ import files
 import parallel
 from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters
 
-# Values of the flags that are not given, and what small data sets need instead: they have few steps
-# in an epoch, and overfit sooner.
+# Values of the flags that are not given, and what small and static data sets need instead: these
+# show the same images at each visit, or have few steps in an epoch, and overfit sooner.
 RECIPES = {
     "default": dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996,
                     weight_decay=0.08, pseudo_inputs=500),
     "long": dict(epochs=420, batch_size=1000, lr=1.2e-2, warmup=30, ema=0.996,
                  weight_decay=0.07, pseudo_inputs=500)}
+STATIC = dict(epochs=100, weight_decay=0.16)
 SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=1.0)
 TINY = dict(epochs=100, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_decay=0.5)
 COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
@@ -61,7 +62,7 @@ def parse_args(argv=None):
     add("--hidden", type=int, default=300, help="units of a hidden layer")
     add("--z-dim", type=int, default=40, help="size of each latent layer")
     add("--recipe", choices=RECIPES, default="default",
-        help="values of the next seven flags; default and long are the same below 10,000 images")
+        help="values of the next seven flags; default and long are the same for small and static data")
     recipe = {"pseudo_inputs": "components K of the vamp or mog prior",
               "epochs": "epochs of the whole schedule",
               "batch_size": "images per step",
@@ -109,6 +110,10 @@ def apply_recipe(args, data):
         values |= TINY
     elif n_train < MANY:
         values |= SMALL
+    elif data.binarize == "none" and args.likelihood == "bernoulli":    # black-and-white images
+        values |= STATIC
+        if args.model == "hvae":
+            values["lr"] /= 2       # at the full rate its KL leaps in single epochs
     elif data.name == "fashion" and args.likelihood == "bernoulli":
         values["lr"] /= 2           # at MNIST's rate the HVAE diverged now and then
         values["weight_decay"] *= 2
