@@ -226,7 +226,8 @@ def by_data(assets):
         n, samples = len(models["vae"]), models["vae"][0]["samples"]
         row = {"Data": f"{title}, {n} seed{'s' if n > 1 else ''}, S = {samples:,}"}
         for seeds in (models[name] for name in ("vae", "vamp", "hvae", "hvamp")):
-            row[seeds[0]["label"]] = f"{cell(seeds, 'nll')} ({published(seeds[0])})"
+            key = "bits_per_dim" if "bits_per_dim" in seeds[0] else "nll"
+            row[seeds[0]["label"]] = f"{cell(seeds, key)} ({published(seeds[0])})"
         rows.append(row)
     return rows
 
