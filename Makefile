@@ -57,10 +57,8 @@ all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
 	@$(PYTHON) plot.py $(RUN)
 	@$(call LINK,$(RUN))
 	@$(PYTHON) report.py $(RUN)
-vae vamp mog hvae hvamp hmog:  ## one model alone
-	@$(MAKE) all MODELS=$@
-fit:  ## vae, and vae with a prior that is fitted after training
-	@$(MAKE) all MODELS="vae fit"
+vae vamp mog hvae hvamp hmog fit:  ## one model alone; fit: vae, and a prior that is fitted to it
+	@$(MAKE) all MODELS="$(if $(filter fit,$@),vae) $@"
 quick:  ## the same chain in a few minutes: two epochs, few pseudo-inputs and samples
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) EPOCHS=$(or $(EPOCHS),2) SAMPLES=$(or $(SAMPLES),20) \
 	  TRAIN_FLAGS="--batch-size 100 --lr 3e-3 --pseudo-inputs 50 $(TRAIN_FLAGS)" \
@@ -82,8 +80,9 @@ models: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(NAMES)) $(filter-out h%,$
 
 # Always called: train.py continues, finds the model trained already, or refuses other settings.
 # TQDM_POSITION gives the bars of models side by side a line each.
-POSITION = TQDM_POSITION=$$(echo $(NAMES) | tr ' ' '\n' | grep -nx $* | cut -d: -f1)
-$(patsubst %,$(RUN)/%/model.safetensors,$(filter-out fit,$(NAMES))): $(RUN)/%/model.safetensors: FORCE
+POSITION = TQDM_POSITION=$$(echo $(NAMES) vae | tr ' ' '\n' | grep -nxm1 $* | cut -d: -f1)
+WEIGHTS = $(RUN)/%/model.safetensors
+$(patsubst %,$(WEIGHTS),vae $(filter-out vae fit,$(NAMES))): $(WEIGHTS): FORCE
 	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" \
 	  $(RECIPE:%=--recipe %) $(SEED:%=--seed %) $(EPOCHS:%=--epochs %) $(TRAIN_FLAGS) \
 	  --out $(@D) --resume
@@ -120,5 +119,6 @@ test-all: $(ENV)  ## the slow tests too
 	@$(PYTEST)
 clean:  ## caches and quick runs
 	rm -rf __pycache__ .pytest_cache results/*-quick
+	[ -e results/latest ] || rm -f results/latest
 
 .PHONY: help all models quick paper plane notebook lab bench docs test test-all clean FORCE $(KNOWN)

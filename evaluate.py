@@ -8,7 +8,6 @@
 Writes arrays.npz (all that plot.py draws) and metrics.json. Numbers are in nats per image.
 """
 import dataclasses
-import io
 import json
 import math
 import time
@@ -41,9 +40,8 @@ def importance_terms(model, x, S, generator=None, tick=lambda n: None):
     """Importance-sampling estimates in nats, one per image: {name: (N,) float64 on the CPU}.
 
     log_px = logsumexp_s log_w - log S, in expectation below log p(x) (Burda et al., 2016, eq. 8);
-    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise of an
-    image depends on `generator`, S, its index and, on a GPU, its block's size: never on threads or
-    processes.
+    elbo, recon and kl (kl1, kl2) are means over the same S samples. The noise of an image depends
+    on `generator`, S, its index and, on a GPU, its block's size: never on threads or processes.
     `tick(n)` is called after each n images of this process.
     """
     x = checked(x, model.config.likelihood)
@@ -348,9 +346,8 @@ def main(argv=None):
     name = args.run.resolve().name
     labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
     data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)
-    own = BLOCK * len(range(parallel.rank() * BLOCK, len(data.test), parallel.size() * BLOCK))
     with files.progress(parallel.is_main_process(), desc=f"{name}: likelihood",
-                        total=min(own, len(data.test))) as bar:
+                        total=-(-len(data.test) // parallel.size())) as bar:
         metrics, arrays = evaluate(model, data, args.samples, bar.update)
     if not parallel.is_main_process():
         return
@@ -358,9 +355,7 @@ def main(argv=None):
     metrics["trained_in"] = config["precision"]
     if config["prior"] == "fitted":
         metrics |= {"prior": "fitted", "label": f"{type(model).__name__} + fitted mixture"}
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    files.write_atomic(args.run / "arrays.npz", buffer.getvalue())
+    files.write_atomic(args.run / "arrays.npz", lambda file: np.savez(file, **arrays))
     files.write_atomic(args.run / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     files.say(f"{name}: ELBO {metrics['elbo']['mean']:.2f}, NLL {metrics['nll']['mean']:.2f} nats "
               f"an image (S = {args.samples:,})")

@@ -15,11 +15,15 @@ from tqdm import tqdm
 
 
 def write_atomic(path, data):
-    """Writes bytes or text. Whenever the process dies, `path` holds the old content or the new."""
+    """Writes bytes, text, or what data(file) writes. Whenever the process dies, `path` holds the
+    old content or the new."""
     path = Path(path)
     new = path.with_name(f".{path.name}.tmp")       # a killed process's leftover is overwritten
     with open(new, "wb") as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        if callable(data):
+            data(file)
+        else:
+            file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)

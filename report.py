@@ -6,6 +6,7 @@
 import base64
 import json
 import math
+import re
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -80,9 +81,7 @@ def accuracy(seeds, key):
     if not values:
         return "-"
     p = fmean(values)
-    spread = math.sqrt(p * (1 - p) / seeds[0]["images"])
-    if len(values) > 1:
-        spread = stdev(values)
+    spread = stdev(values) if len(values) > 1 else math.sqrt(p * (1 - p) / seeds[0]["images"])
     return f"{100 * p:.1f} ± {100 * spread:.1f}%"
 
 
@@ -147,14 +146,13 @@ def without_empty_columns(rows):
 
 def markdown(rows):
     """A table whose columns are aligned, so that a terminal shows it too."""
-    lines = [list(rows[0])] + [[text.replace("|", "/") for text in row.values()] for row in rows]
-    first, *others = (max(map(len, column)) for column in zip(*lines))      # widths
-    aligned = []
-    for name, *numbers in lines:
-        numbers = [text.rjust(width) for text, width in zip(numbers, others)]
-        aligned.append([name.ljust(first), *numbers])
-    aligned.insert(1, ["-" * first] + ["-" * (width - 1) + ":" for width in others])
-    return "\n".join("| " + " | ".join(line) + " |" for line in aligned)
+    columns = []
+    for i, name in enumerate(rows[0]):
+        column = [name, *(row[name].replace("|", "/") for row in rows)]
+        width = max(map(len, column))
+        column = [text.rjust(width) if i else text.ljust(width) for text in column]
+        columns.append([column[0], "-" * (width - 1) + (":" if i else "-"), *column[1:]])
+    return "\n".join("| " + " | ".join(line) + " |" for line in zip(*columns))
 
 
 def conditions(models):
@@ -169,16 +167,14 @@ def conditions(models):
 
 
 def gain(models):
-    """How much the VampPrior gains in NLL over another prior, image by image: a sentence each. None
-    for several seeds."""
+    """What the VampPrior gains in NLL over another prior, image by image; not for several seeds."""
     lines = []
     for names in (("vae", "vamp"), ("fit", "vamp"), ("hvae", "hvamp")):
-        pair = [models[name][0] for name in names if len(models.get(name, ())) == 1]
-        if len(pair) < 2 or not all("log_px" in m for m in pair):
+        found = [models[name] for name in names if name in models]
+        pair = [m for seeds in found for m in seeds if len(seeds) == 1 and "log_px" in m]
+        if len(pair) < 2 or measured(pair[0]) != measured(pair[1]) or pair[0]["images"] == 1:
             continue
         plain, vamp = pair
-        if measured(plain) != measured(vamp) or plain["images"] == 1:
-            continue
         d = vamp["log_px"] - plain["log_px"]
         direction = "lower" if d.mean() > 0 else "higher"
         lines.append(f"The NLL of {vamp['label']} is {abs(d.mean()):.2f} ± "
@@ -234,11 +230,8 @@ def by_data(assets):
 
 def readme(text, assets):
     """README.md's text with the table of NLLs between its markers renewed."""
-    begin, end = "<!-- begin results -->\n", "<!-- end results -->"
-    if begin not in text or end not in text:
-        raise ValueError(f"the file has no line {begin.strip()} and {end}")
-    table = markdown(by_data(assets))
-    return f"{text.partition(begin)[0]}{begin}{table}\n{end}{text.partition(end)[2]}"
+    old = "(?<=<!-- begin results -->\n).*(?=<!-- end results -->)"
+    return re.sub(old, markdown(by_data(assets)) + "\n", text, flags=re.DOTALL)
 
 
 @files.friendly

@@ -1,6 +1,6 @@
 """Train a VAE or a two-layer HVAE, and keep the weights with the best validation ELBO.
 
-    python train.py --prior vamp                        the README's recipe, in results/<time>/vamp
+    python train.py --prior vamp                        the default recipe, in results/<time>/vamp
     python train.py --prior vamp --out DIR --resume     start, or continue where DIR stopped
     torchrun --standalone --nproc-per-node 2 train.py --prior vamp --out DIR
 
@@ -10,7 +10,6 @@ these stay the same, a resumed run on the same machine ends with the bits of an 
 """
 import argparse
 import dataclasses
-import io
 import json
 import math
 import time
@@ -27,20 +26,17 @@ from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_paramete
 
 # Values of the flags that are not given, and what small and static data sets need instead: these
 # show the same images at each visit, or have few steps in an epoch, and overfit sooner.
-RECIPES = {
-    "default": dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996,
-                    weight_decay=0.08, pseudo_inputs=500),
-    "long": dict(epochs=420, batch_size=1000, lr=1.2e-2, warmup=30, ema=0.996,
-                 weight_decay=0.07, pseudo_inputs=500)}
-STATIC = dict(epochs=100, weight_decay=0.16)
+DEFAULT = dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996, weight_decay=0.08,
+               pseudo_inputs=500)
+RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
+STATIC = dict(epochs=100, warmup=20, weight_decay=0.16)
 SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=1.0)
-TINY = dict(epochs=100, batch_size=100, lr=3e-3, warmup=10, ema=0.998, weight_decay=0.5)
-COLUMNS = ("epoch beta lr train_elbo train_recon train_kl val_elbo val_recon val_kl train_kl1 "
-           "train_kl2 val_kl1 val_kl2 grad_norm seconds").split()
+TINY = dict(epochs=300, batch_size=100, lr=3e-3, warmup=30, ema=0.998, weight_decay=0.02)
 # settings that may differ on resuming; device, number of processes and compile change the bits
 MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes", "compile"}
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
+STATEFUL = "model", "average", "optimizer"      # parts of a Run that have a state_dict
 MANY = 10_000       # fewer training images have a recipe of their own
 PAYS = 5000         # steps from which on compiling is worth its time
 
@@ -62,7 +58,7 @@ def parse_args(argv=None):
     add("--hidden", type=int, default=300, help="units of a hidden layer")
     add("--z-dim", type=int, default=40, help="size of each latent layer")
     add("--recipe", choices=RECIPES, default="default",
-        help="values of the next seven flags; default and long are the same for small and static data")
+        help="values of the next seven flags; for small and static data long equals default")
     recipe = {"pseudo_inputs": "components K of the vamp or mog prior",
               "epochs": "epochs of the whole schedule",
               "batch_size": "images per step",
@@ -191,10 +187,10 @@ def open_run(out, config, resume):
     if not resume:
         raise ValueError(f"{out} holds a run already: add --resume, or give another --out")
     old = json.loads(path.read_text())
-    for key in sorted((old.keys() | config.keys()) - MAY_CHANGE):
-        if old.get(key) != config.get(key):
+    for key in sorted(config.keys() - MAY_CHANGE):
+        if old.get(key) != config[key]:
             raise ValueError(f"{out} was trained with {key} = {old.get(key)!r}, not "
-                             f"{config.get(key)!r}: use the same settings, or give another --out")
+                             f"{config[key]!r}: use the same settings, or give another --out")
     return lock
 
 
@@ -214,16 +210,13 @@ class Run:
         return len(self.history)
 
     def state(self):
-        return {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "history": self.history,
-                "best": self.best, "best_epoch": self.best_epoch, "best_elbo": self.best_elbo}
+        return vars(self) | {part: getattr(self, part).state_dict() for part in STATEFUL}
 
     def restore(self, state):
         """Goes back to the end of the epoch that has this state."""
-        for part in "model", "average", "optimizer":
-            getattr(self, part).load_state_dict(state[part])
-        for name in "history", "best", "best_epoch", "best_elbo":
-            setattr(self, name, state[name])
+        for part in STATEFUL:
+            getattr(self, part).load_state_dict(state.pop(part))
+        vars(self).update(state)
 
 
 def start(args, config, data):
@@ -374,18 +367,15 @@ def fit(run, args, data, out):
                 run.best = {name: t.clone() for name, t in run.average.state_dict().items()}
             if parallel.is_main_process():
                 write_log(out / "log.csv", run.history)     # first, or a kill could lose a row
-                buffer = io.BytesIO()
-                torch.save(run.state(), buffer)
-                files.write_atomic(out / "last.pt", buffer.getvalue())
+                files.write_atomic(out / "last.pt", lambda file: torch.save(run.state(), file))
             bar.set_postfix_str(f"epoch {run.epoch}, val ELBO {row['val_elbo']:.2f}", refresh=False)
     if not run.best:        # shorter than the warm-up: the last weights are all there is
         run.best, run.best_epoch = run.average.state_dict(), run.epoch
 
 
 def write_log(path, history):
-    lines = [COLUMNS, *([row.get(name, "") for name in COLUMNS] for row in history)]
-    text = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    files.write_atomic(path, text)
+    lines = [history[0], *(row.values() for row in history)]        # names, then numbers
+    files.write_atomic(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 @files.friendly
