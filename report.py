@@ -24,7 +24,8 @@ PUBLISHED = {("mnist", "bernoulli"): (84.50, 82.38, 82.42, 81.24),
              ("caltech.npz", "bernoulli"): (123.43, 114.55, 112.08, 108.28),
              ("frey.npz", "logistic"): (4.63, 4.57, 4.61, 4.51),
              ("fashion", "bernoulli"): (228.70, 227.35, 227.37, 226.72)}
-RECORDS = {"paper": "Dynamic MNIST", "fashion": "Fashion-MNIST", "caltech": "Caltech 101"}
+RECORDS = {"paper": "Dynamic MNIST", "fashion": "Fashion-MNIST", "caltech": "Caltech 101",
+           "static": "Static MNIST", "frey": "Frey faces"}
 COLUMNS = {"Recon": ("recon", max), "KL": ("kl", None), "ELBO": ("elbo", max), "NLL": ("nll", min),
            "Bits/dim": ("bits_per_dim", min)}      # title: key in metrics.json, which is best
 NOTES = {
@@ -220,7 +221,7 @@ def by_data(assets):
     for folder, title in RECORDS.items():
         models = read(assets / folder)
         n, samples = len(models["vae"]), models["vae"][0]["samples"]
-        row = {"Data": f"{title}, {n} seed{'s' if n > 1 else ''}, S = {samples:,}"}
+        row = {"Data": f"{title} ({n} seed{'s' if n > 1 else ''}, S = {samples:,})"}
         for seeds in (models[name] for name in ("vae", "vamp", "hvae", "hvamp")):
             key = "bits_per_dim" if "bits_per_dim" in seeds[0] else "nll"
             row[seeds[0]["label"]] = f"{cell(seeds, key)} ({published(seeds[0])})"

@@ -140,6 +140,7 @@ def test_recipes_with_a_trained_model(whole, tmp_path, monkeypatch):
 
 def test_readme_shows_the_recorded_results():
     text = (HERE / "README.md").read_text()
+    assert "| Dynamic MNIST" in text
     assert report.readme(text, HERE / "assets") == text, "make docs renews it"
 
 
