@@ -53,7 +53,7 @@ def test_make_makes_only_what_is_missing_or_measured_otherwise(made, digits):
     vae, words = made[0] / "vae", f"models RUN={made[0]} DATASET={digits} MODELS=vae {FLAGS}"
     weights, metrics = [(vae / name).read_bytes() for name in ("model.safetensors", "metrics.json")]
     (vae / "curves.png").unlink()
-    err = start(words.replace("MODELS=vae", "MODELS='vae fit'")).communicate()[1]
+    err = start(words.replace("MODELS=vae", "MODELS=fit")).communicate()[1]
     assert (made[0] / "fit/curves.png").exists(), err
     err = start(words).communicate()[1]
     assert (vae / "curves.png").exists() and (vae / "metrics.json").read_bytes() == metrics, err
