@@ -5,6 +5,7 @@ DATA_DIR   ?= data
 PROCS      ?= 1
 PYTHON     ?= .venv/bin/python
 NAMES      := $(or $(MODELS),vae vamp $(if $(MODEL),,hvamp))
+DATA        = --dataset "$(DATASET)" --data-dir "$(DATA_DIR)"
 EVALUATION := --samples $(or $(SAMPLES),500) $(EVAL_FLAGS)
 
 # A RUN that exists is continued. Without one, := asks for the time once, for all that make starts.
@@ -52,7 +53,7 @@ ENV := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
 
 LINK = [ $(notdir $1) = latest ] || ln -sfn $(notdir $1) $(dir $1)latest
 all: $(ENV)  ## trains, evaluates and draws MODELS, then writes report.html
-	@$(PYTHON) data.py --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" > /dev/null
+	@$(PYTHON) data.py $(DATA) > /dev/null
 	@OMP_NUM_THREADS=$(THREADS) $(MAKE) -j$(JOBS) models
 	@$(PYTHON) plot.py $(RUN)
 	@$(call LINK,$(RUN))
@@ -83,13 +84,13 @@ models: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(NAMES)) $(filter-out h%,$
 POSITION = TQDM_POSITION=$$(echo $(NAMES) vae | tr ' ' '\n' | grep -nxm1 $* | cut -d: -f1)
 WEIGHTS = $(RUN)/%/model.safetensors
 $(patsubst %,$(WEIGHTS),vae $(filter-out vae fit,$(NAMES))): $(WEIGHTS): FORCE
-	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) --dataset "$(DATASET)" --data-dir "$(DATA_DIR)" \
+	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) $(DATA) \
 	  $(RECIPE:%=--recipe %) $(SEED:%=--seed %) $(EPOCHS:%=--epochs %) $(TRAIN_FLAGS) \
 	  --out $(@D) --resume
 
 $(RUN)/fit/model.safetensors: $(RUN)/vae/model.safetensors
 	@rm -f $@
-	@$(PYTHON) evaluate.py $(<D) --fit-prior $(@D) $(OWN) --data-dir "$(DATA_DIR)"
+	@$(PYTHON) evaluate.py $(<D) --fit-prior $(@D) $(OWN) $(DATA)
 
 # Rewritten when the evaluation's flags change, and then the models are evaluated anew.
 $(RUN)/settings: FORCE
@@ -97,7 +98,7 @@ $(RUN)/settings: FORCE
 	@echo "$$EVALUATION" | cmp -s - $@ || echo "$$EVALUATION" > $@
 
 $(NAMES:%=$(RUN)/%/metrics.json): $(RUN)/%/metrics.json: $(RUN)/%/model.safetensors $(RUN)/settings
-	@$(POSITION) $(LAUNCH) evaluate.py $(@D) $(OWN) --data-dir "$(DATA_DIR)" $(EVALUATION)
+	@$(POSITION) $(LAUNCH) evaluate.py $(@D) $(OWN) $(DATA) $(EVALUATION)
 
 $(NAMES:%=$(RUN)/%/curves.png): $(RUN)/%/curves.png: $(RUN)/%/metrics.json
 	@$(PYTHON) plot.py $(@D)

@@ -170,7 +170,8 @@ def read_file(path):
         images, image_shape = as_images(np.concatenate(x))
         if y:
             if [part.size for part in y] != sizes:
-                raise ValueError(f"labels of shape {[part.shape for part in y]} for {sizes} images")
+                raise ValueError(f"labels of shape {[part.shape for part in y]} for {sizes} images:"
+                                 " give one label an image, or none")
             labels = np.concatenate([part.reshape(-1) for part in y])
             if labels.dtype.kind not in "iu":       # others are numbered in sorted order
                 _, labels = np.unique(labels, return_inverse=True)
@@ -179,7 +180,8 @@ def read_file(path):
         return (np.split(images, ends), y, image_shape,
                 "" if {"x", "x_val"} & arrays.keys() else note)
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        reason = f"no array {error}" if isinstance(error, KeyError) else error
+        reason = f"no array {error}" if isinstance(error, KeyError) else str(error)
+        reason = "this is no array of numbers" if "pickle" in reason else reason
         raise ValueError(f"{path}: {reason}") from None
 
 
@@ -236,8 +238,9 @@ def as_levels(x):
         raise ValueError("some pixels are NaN or infinite")
     white = 255 if x.dtype.kind in "iu" and high > 1 else 1
     if not 0 <= low <= high <= white or high < white // 2:
+        scaled = "x / 255" if 0 <= low and 127 < high <= 255 else f"(x - {low}) / {high - low}"
         raise ValueError(f"{x.dtype} values from {low} to {high}, but white is 255, or 1 for "
-                         f"floats, and black is 0: save (x - {low}) / {high - low}")
+                         f"floats, and black is 0: save {scaled}")
     if white == 255:
         return x.astype(np.uint8)
     x = x.astype(np.float32)

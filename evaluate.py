@@ -92,7 +92,7 @@ def checked(x, likelihood):
 
 def rows(nested, index):
     """The rows of each tensor in nested tuples."""
-    if isinstance(nested, tuple):
+    if isinstance(nested, (tuple, list)):
         return tuple(rows(t, index) for t in nested)
     return nested[index]
 
@@ -238,6 +238,7 @@ def fit_prior(model, data, generator):
     mu, variance, weights = (torch.from_numpy(a).to(indices[0].device, torch.float32)
                              for a in (best.means_, best.covariances_, best.weights_))
     model.prior = MixturePrior(mu, variance.log(), weights.log())
+    # a mixture of Gaussians to models.py; config.json and the tables call it fitted
     model.config = dataclasses.replace(model.config, prior="mog", components=len(mu),
                                        learned_weights=True)
 

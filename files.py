@@ -57,16 +57,16 @@ def load_model(path, build, device="cpu"):
     `build` is models.build."""
     import torch
     tensors, info = load(path, device)
-    tensors = {name: t for name, t in tensors.items() if "/" not in name}   # of earlier versions
     try:
-        with torch.device("meta"):      # memory is taken for the file's tensors, not the config's
-            model = build(info["config"])
-        if {name: t.dtype for name, t in tensors.items()} != {
-                name: t.dtype for name, t in model.state_dict().items()}:
-            raise ValueError("its tensors have other names or types")
+        with torch.device("meta"):      # takes no memory, whatever sizes the config claims
+            expected = build(info["config"]).state_dict()
+        if {name: (t.shape, t.dtype) for name, t in tensors.items()} != {
+                name: (t.shape, t.dtype) for name, t in expected.items()}:
+            raise ValueError("its tensors have other names, shapes or types")
         if not all(t.isfinite().all() for t in tensors.values()):
             raise ValueError("it holds numbers that are not finite")
-        model.load_state_dict(tensors, assign=True)
+        model = build(info["config"]).to(device)
+        model.load_state_dict(tensors)
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold a model of this project: {reason}") from None
@@ -114,11 +114,12 @@ def say(text):
 def friendly(main):
     """Makes an error that the user can mend one line on standard error, without a traceback.
 
-    Ctrl-C ends the process at once and without a word, which is safe: files are whole or absent.
+    Ctrl-C ends a script at once and without a word, which is safe: files are whole or absent.
     """
     @functools.wraps(main)
     def wrapped(*args):
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if not args:        # a notebook, which gives arguments, keeps its own Ctrl-C
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         try:
             return main(*args)
         except (ValueError, OSError) as error:

@@ -259,7 +259,8 @@ def tradeoff(runs):
 def active_units(runs):
     """Which latent units carry information. Left: variance of each unit's posterior mean over the
     test images. A unit below the dashed line hardly depends on the image. The line was made for
-    N(0, I); under a learned prior the scale of z is free. Right: the KL of each layer."""
+    N(0, I); under a learned prior the scale of z is free. Right: the KL of each layer, light for
+    z1."""
     fig, (left, right) = panels(2, 4.5, 4)
     for i, run in enumerate(runs):
         end, texts = 0, []

@@ -4,11 +4,14 @@ import pytest
 import torch
 from sklearn.datasets import load_sample_images
 
+import data as datasets
 import evaluate
 import models
 import plot
+import train
 from conv import ConvVAE
-from test_train import HERE, fit, refused, rows
+from test_train import (HERE, assert_same_run, digits, fit, killed_at, load, refused,   # noqa: F401
+                        rows)
 
 CONV = ["--model", f"{HERE}/conv.py:ConvVAE"]
 
@@ -54,10 +57,33 @@ def test_the_decoder_puts_each_channel_where_the_pixels_have_it(height, channels
     assert moved.sum().item() == pytest.approx(6 * size / channels, rel=1e-4)
 
 
+def test_an_own_model_may_have_dropout_constants_and_lists(digits, tmp_path, monkeypatch):
+    """Validation and the weights that are kept are without dropout; a resumed run has its draws."""
+    (tmp_path / "own.py").write_text("""import models, torch
+class Own(models.VAE):
+    def make_layers(self, config, n_out):
+        super().make_layers(config, n_out)
+        self.drop, self.scale = torch.nn.Dropout(), torch.tensor(2.0)
+    def infer(self, x):
+        return [[self.scale * part for part in self.encode(x)]]
+    def decode(self, z):
+        return self.output(self.drop(self.decoder(z)))
+""")
+    flags = ["--model", f"{tmp_path}/own.py:Own"]
+    whole = fit(tmp_path / "whole", digits, *flags)
+    killed_at(3 + 8 * 2, tmp_path / "run", digits, monkeypatch, *flags)
+    assert_same_run(whole, fit(tmp_path / "run", digits, *flags, "--resume"))
+    (model, info), data = load(whole), datasets.load(str(digits))
+    kept = rows(whole)[info["best_epoch"] - 1]["val_elbo"]
+    assert train.validate(model, data.val, 0)["val_elbo"] == pytest.approx(float(kept))
+    evaluate.main([str(whole), "--samples", "9", *flags])
+
+
 @pytest.mark.parametrize("code, said", [
     ("", "no class Own"), ("class Own: pass", "takes no arguments"),
     ("class Own(models.Model): pass", "no attribute 'make_layers'"),
     ("class Own(models.VAE):\n def infer(self, x): return x", "see models.Model: "),
+    ("class Own(models.VAE):\n def terms(self, x, S, generator, inferred): pass", "arguments"),
     ("class Own(models.VAE):\n def generate(self, z, generator): return z", "have the shapes")])
 def test_a_class_that_does_not_fit_is_one_line(code, said, crops, tmp_path):
     (tmp_path / "own.py").write_text(f"import models\n{code}\n")

@@ -225,9 +225,9 @@ def test_the_recipes_of_results(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arrays, words", [
-    ({"x": np.where(FLOAT == FLOAT[ORDER[33]], np.nan, FLOAT)}, "NaN"), ({"x": OBJECTS}, "Object"),
+    ({"x": np.where(FLOAT == FLOAT[ORDER[33]], np.nan, FLOAT)}, "NaN"), ({"x": OBJECTS}, "array"),
     ({"x": GREY // 16}, "uint8 values from 0 to 15, but white is 255"), ({"x": GREY[:9]}, "ten"),
-    ({"x": GREY // 16}, "save (x - 0) / 15"), ({"x": 1.0 * GREY}, "save (x - 0.0) / 255.0"),
+    ({"x": GREY // 16}, "save (x - 0) / 15"), ({"x": 1.0 * GREY.clip(1)}, "save x / 255"),
     ({"x": GREY / 127.5 - 1}, "save (x - -1.0) / 2.0"), ({"x": GREY, "y": Y[:39]}, "labels of"),
     ({"x": FOUR}, "x[..., :3]"), ({"x": FOUR.transpose(0, 3, 1, 2)}, "x.transpose(0, 2, 3, 1)"),
     ({"a": GREY, "b": GREY}, "it holds a, b; name the images x"), (OWN | {"x_val": FLOAT}, "type"),

@@ -82,6 +82,7 @@ def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, wo
     ("vae PROCS=2 DATA_DIR=d", r"run .* 2 train.py .*--data-dir d .* results/\d{8}-\d{6}/vae "),
     ("vamp MODEL=my.py:Net", "train.py --model my.py:Net +--prior vamp .*--out results/.*/vamp "),
     ("vae MODEL=my.py:Net", "evaluate.py results/.*/vae --model my.py:Net "),
+    ("fit DATASET=d.npz", "(?s)--fit-prior .*/fit --dataset d.npz .*/fit --dataset d.npz "),
     ("fit", r"(?s)evaluate.py (results/[\d-]+)/vae --fit-prior \1/fit .*evaluate.py \1/fit "),
     ("all RUN=a/latest", r"\[ latest = latest \] \|\| ln")])
 def test_the_commands_of_make(words, said):

@@ -148,7 +148,7 @@ def test_no_step_on_a_gpu_waits_for_its_numbers(model, prior, likelihood, monkey
             (FakeTensor, "item", lambda t: reads.append(t) or 1),
             (torch.Tensor, "backward", backward), (evaluate, "checked", lambda x, likelihood: x),
             (torch.nn.Module, "to", to), (torch, "Generator", AnyGenerator),
-            (torch.cuda, "get_device_capability", lambda device: (9, 0)),
+            (train, "has_bfloat16", lambda device: True),
             (evaluate, "ThreadPoolExecutor", lambda n: contextlib.nullcontext(builtins))]:
         monkeypatch.setattr(target, name, value)
     flags = ["--device", "cuda", "--batch-size", "20", "--likelihood", likelihood]

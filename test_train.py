@@ -300,7 +300,7 @@ def test_ctrl_c_ends_at_once_without_a_traceback(whole, digits, tmp_path, monkey
     killed_at(3 + 8 * 2, tmp_path / "run", digits, monkeypatch)
     code = ("import os, signal, sys, train\n"
             "train.validate = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
-            "train.main(sys.argv[1:])")
+            "train.main()")
     command = [sys.executable, "-c", code, *words(tmp_path / "run", digits, "--resume")]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
@@ -352,10 +352,13 @@ def test_a_run_that_diverges_ends_with_a_line(digits, tmp_path):
 @pytest.mark.parametrize("kind, flags, said", [
     ("grey", "--epochs 0", "--epochs"), ("grey", "--lr nan", "--lr"),
     ("grey", "--pseudo-inputs 0", "components"), ("black", "--likelihood gaussian", "bernoulli"),
+    ("grey", "--device cuda --precision auto", "no GPU"),
     ("colour", "", "--likelihood logistic"), ("floats", "--likelihood logistic", "gaussian")])
 def test_flags_that_cannot_be_are_refused_and_nothing_is_written(kind, flags, said, tmp_path):
     x = np.random.default_rng(0).random((20, 4, 4, 3))
     np.save(tmp_path / "x.npy", {"grey": np.uint8(255 * x[..., 0]), "black": x[..., 0] > 0.5,
                                  "floats": x[..., 0], "colour": np.uint8(255 * x)}[kind])
+    before = signal.getsignal(signal.SIGINT)
     refused(lambda: fit(tmp_path / "run", tmp_path / "x.npy", *flags.split()), said)
+    assert signal.getsignal(signal.SIGINT) is before        # a notebook keeps its Ctrl-C
     assert not (tmp_path / "run").exists()

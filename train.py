@@ -24,8 +24,8 @@ import files
 import parallel
 from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters
 
-# Values of the flags that are not given, and what static data need instead, which show the same
-# pixels at each visit, and small data, below 10,000 and below 3,000 images.
+# Values of the recipe's flags where none is given. STATIC, for black-and-white images, and SMALL
+# and TINY, for few images, replace some of them.
 DEFAULT = dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996, weight_decay=0.08,
                pseudo_inputs=500)
 RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
@@ -37,8 +37,8 @@ MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "proce
 LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_decay": 0,
           "clip": 0, "patience": 1, "seed": 0}
 STATEFUL = "model", "average", "optimizer"      # parts of a Run that have a state_dict
-MANY = 10_000       # fewer training images have a recipe of their own
-PAYS = 5000         # steps from which on compiling is worth its time
+FEW, MANY = 3_000, 10_000       # below these numbers of images TINY, or SMALL, is the recipe
+COMPILE_FROM = 5_000            # steps of a training; in fewer, compiling costs more than it saves
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -102,7 +102,7 @@ def parse_args(argv=None):
 def apply_recipe(args, data):
     """The flags, with the recipe's values where none was given. ValueError if one is too low."""
     values, (n_train, n_pixels) = dict(RECIPES[args.recipe]), data.train.shape
-    if n_train < 3_000:
+    if n_train < FEW:
         values |= TINY
     elif n_train < MANY:
         values |= SMALL
@@ -119,8 +119,8 @@ def apply_recipe(args, data):
     # warm up over at most half of the epochs: the others use the full KL
     values["warmup"] = min(values["warmup"], given.get("epochs", values["epochs"]) // 2)
     args = argparse.Namespace(**values | given)
-    if args.compile == "auto":      # compiling takes as long as it saves in thousands of steps
-        pays = args.epochs * n_train >= PAYS * args.batch_size
+    if args.compile == "auto":
+        pays = args.epochs * n_train >= COMPILE_FROM * args.batch_size
         args.compile = "on" if pays else "off"
     for name, low in LOWEST.items():
         if not getattr(args, name) >= low:
@@ -141,7 +141,7 @@ def check_own_model(config):
     x = torch.zeros(2, config.x_dim)
     try:
         model = build(config)
-        terms = model.terms(x, 3, inferred=model.infer(x)).values()
+        terms = model.terms(x, 3, None, model.infer(x), model.prior.frozen(), True).values()
         found = [tuple(t.shape) for t in (*terms, model.sample(3), model.reconstruct(x))]
         if found != [(3, 2)] * len(terms) + [(3, config.x_dim), (2, config.x_dim)]:
             raise RuntimeError(f"terms, sample and reconstruct have the shapes {found}")
@@ -163,7 +163,7 @@ def can_compile(device):
 def has_bfloat16(device):
     """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, Armv8.6, GPUs from Ampere)."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
     words = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
     return not words.isdisjoint({"avx512_bf16", "amx_bf16", "bf16"})
@@ -221,7 +221,7 @@ class Run:
 
 def start(args, config, data):
     """A Run before its first epoch. The output bias starts at the mean of the training images,
-    pseudo-inputs at some of them. Of few images the prior would remember these: there they start
+    pseudo-inputs at some of them. With few images the prior would memorise these, so they start
     nearly black, as in the authors' code."""
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     pick = torch.randperm(len(data.train))[:config.components].to(data.train.device)
@@ -238,7 +238,7 @@ def start(args, config, data):
     model.to(args.device)
     if config.prior == "vamp" and parallel.size() > 1:
         model.prior.encode_all = parallel.encode        # each process encodes a share
-    average = build(config).to(args.device)
+    average = build(config).to(args.device).eval()
     average.load_state_dict(model.state_dict())
     own = {id(p) for p in model.prior.parameters()}     # without the encoder, which is the model's
     matrices = [p for p in model.parameters() if p.ndim > 1 and id(p) not in own]
@@ -318,6 +318,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     """
     epoch, device = run.epoch + 1, data.train.device
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
+    torch.manual_seed(args.seed * 1_000_003 + epoch)        # for dropout in a model of your own
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=device)
     if parallel.size() > 1:     # the order is the same for all, the noise each process's own
@@ -347,7 +348,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     return {"beta": beta, "lr": lr, "grad_norm": norm, **columns("train", sums, len(order))}
 
 
-def fit(run, args, data, out):
+def train(run, args, data, out):
     """Trains until the schedule or the patience ends, and writes the files after each epoch."""
     steps = -(-len(data.train) // args.batch_size)
     with files.progress(parallel.is_main_process(), desc=f"{out.name}: training",
@@ -408,7 +409,7 @@ def main(argv=None):
         run.model.compile(dynamic=False)
     if (out / "last.pt").exists():
         run.restore(torch.load(out / "last.pt", args.device, weights_only=True))
-    fit(run, args, data, out)
+    train(run, args, data, out)
     if parallel.is_main_process():
         info = {"config": vars(model_config), "epochs": run.epoch, "best_epoch": run.best_epoch,
                 "train_seconds": sum(row["seconds"] for row in run.history)}
