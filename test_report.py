@@ -265,9 +265,13 @@ def test_gain_is_paired_and_has_its_error(tmp_path):
         fake_run(tmp_path / name)
         np.savez(tmp_path / name / "arrays.npz", log_px=log_px)
     models = report.read(tmp_path)
-    assert report.gain(models) == [
-        "The NLL of HVAE + VampPrior is 1.75 ± 1.25 nats lower than the NLL of HVAE + standard "
-        "prior, image by image."]
+    line = ("The NLL of HVAE + VampPrior is {} nats lower than the NLL of HVAE + standard prior, "
+            "image by image.")
+    assert report.gain(models) == [line.format("1.75 ± 1.25")]
+    models["hvae"].append(models["hvae"][0])
+    assert report.gain(models) == []
+    models["hvamp"].append(models["hvamp"][0] | {"log_px": models["hvae"][0]["log_px"] + 2.75})
+    assert report.gain(models) == [line.format("2.25 ± 0.71")]      # a second seed
     models["hvae"][0]["samples"] = 500
     assert report.gain(models) == []
 
