@@ -173,11 +173,16 @@ def test_claims_of_results_are_those_of_the_records():
     assert short < 30 * 60 < seconds < 60 * 60 and models[0]["epochs"] == 340   # README's times
     nll = {folder: {name: fmean(m["nll"]["mean"] for m in seeds)
                     for name, seeds in report.read(HERE / "assets" / folder).items()}
-           for folder in (*report.RECORDS, "conv", "runs")}
+           for folder in (*report.RECORDS, "caltech-batch50", "conv", "runs")}
     for folder in report.RECORDS:
         assert nll[folder]["vamp"] < nll[folder]["vae"]
         assert nll[folder]["hvamp"] < nll[folder]["hvae"]
+    seeds = report.read(HERE / "assets/caltech-batch50")
+    assert all(fit["nll"]["mean"] < vamp["nll"]["mean"] - 1
+               for fit, vamp in zip(seeds["fit"], seeds["vamp"], strict=True))
     assert nll["caltech"]["fit"] < nll["caltech"]["vamp"] - 1
+    for name, low, high in (("vae", -1, 0), ("hvae", -1, 0), ("vamp", 1, 2), ("hvamp", 1, 2)):
+        assert low < nll["caltech-batch50"][name] - nll["caltech"][name] < high
     assert nll["static"]["vamp"] < nll["static"]["fit"] - 1
     assert nll["runs"]["vamp"] < nll["conv"]["vamp"] < nll["conv"]["vae"]
     for folder, gain in (("runs", 3), ("fashion", 14)):     # "more units stay active"
