@@ -135,7 +135,8 @@ def latents(models):
             active = fmean(m["active_units"][layer] for m in seeds)
             units.append(f"{layer} {round(active, 1):g} of {size}")
         if "components" in m:
-            used = f"{fmean(m['components_used'] for m in seeds):.0f} of {m['components']}"
+            sizes = " or ".join(dict.fromkeys(str(m["components"]) for m in seeds))
+            used = f"{fmean(m['components_used'] for m in seeds):.0f} of {sizes}"
         rows.append({"Model": plot.full_label(name, m), "Active units": ", ".join(units),
                      "KL1": cell(seeds, "kl1"), "KL2": cell(seeds, "kl2"),
                      "Components in use": used, "Linear probe": accuracy(seeds, "probe_accuracy"),

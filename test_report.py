@@ -249,6 +249,9 @@ def test_seeds_have_their_mean_and_standard_deviation(tmp_path):
     assert (vae["NLL"], vamp["NLL"]) == ("84.00 ± 0.20", "**82.10 ± 0.26**")
     assert vamp["NLL of each seed"] == "82.00, 82.40, 81.90"
     assert report.latents(report.read(tmp_path))[1]["Active units"] == "z 5 of 40"
+    one = report.read(tmp_path)["vamp"][0]
+    models = {"fit": [one | {"components": K} for K in (50, 50, 100)]}
+    assert report.latents(models)[0]["Components in use"].endswith(" of 50 or 100")
     for seed, log_px in enumerate(([-80, -90], [-81, -88], [-79, -91])):
         np.savez(tmp_path / f"seed{seed}/vamp/arrays.npz", log_px=log_px)
     vae, vamp = report.results(report.read(tmp_path))
