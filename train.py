@@ -318,12 +318,12 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     """
     epoch, device = run.epoch + 1, data.train.device
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
-    torch.manual_seed(args.seed * 1_000_003 + epoch)        # for dropout in a model of your own
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=device)
     if parallel.size() > 1:     # the order is the same for all, the noise each process's own
         seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=device)
         generator.manual_seed(seeds[parallel.rank()].item())
+    torch.manual_seed(generator.initial_seed())     # for dropout in a model of your own
     batches = order.split(args.batch_size)
     sums, norms = {}, 0
     for step, index in enumerate(batches):
