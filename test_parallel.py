@@ -1,8 +1,6 @@
 """Several processes: the same mathematics, the same numbers, and what follows when one dies. And
 what happens on a GPU, without one: fake tensors have a device and a shape, but no values.
 
-    pytest test_parallel.py -k "not slow"
-
 torchrun starts this file, too: `measure` and `die` at its end are what the processes then do.
 """
 import builtins
@@ -156,7 +154,7 @@ def test_no_step_on_a_gpu_waits_for_its_numbers(model, prior, likelihood, monkey
     for n in 20, 100:
         with FakeTensorMode(allow_non_fake_inputs=True):
             x = torch.zeros(n, 36, dtype=torch.uint8, device="cuda")
-            data = datasets.Data("", "", (6, 6), x, x, x, {}, "none", "")
+            data = datasets.Data("", (6, 6), x, x, x, {}, "none", "")
             args = train.apply_recipe(train.parse_args(flags), data)
             config = models.Config(model, prior, 36, 9, 2, 7, True, likelihood)
             run = train.start(args, config, data)
@@ -176,7 +174,7 @@ def step(model, prior, K, precision, last):
     flags = f"--pseudo-inputs {K} --lr 0 --precision {precision} --clip 0".split()
     x = torch.rand(20 + last, 9, generator=torch.Generator().manual_seed(3))
     val = torch.rand(2500, 9, generator=torch.Generator().manual_seed(4))       # three batches
-    data = datasets.Data("", "", (3, 3), x, val, val, {}, "none", "")
+    data = datasets.Data("", (3, 3), x, val, val, {}, "none", "")
     args = train.apply_recipe(train.parse_args([*TINY, *flags]), data)
     run = train.start(args, models.Config(model, prior, 9, 16, 4, K, True), data)
     for p in run.model.prior.parameters():      # first values are too equal to show errors

@@ -1,7 +1,4 @@
-"""train.py: what an epoch computes, resuming after accidents, errors in one line.
-
-    pytest test_train.py -k "not slow"      # as `make test` does
-"""
+"""train.py: what an epoch computes, resuming after accidents, errors in one line."""
 import copy
 import csv
 import itertools
@@ -161,7 +158,7 @@ def images_of(name, n=50_000, n_pixels=784):
     """A Data with such training images, without values."""
     x = torch.empty(n, n_pixels, dtype=torch.uint8, device="meta")
     binarize = "none" if name == "static" else "dynamic"
-    return datasets.Data(name, "", (1, n_pixels), x, x, x, {}, binarize, "")
+    return datasets.Data(name, (1, n_pixels), x, x, x, {}, binarize, "")
 
 
 @pytest.mark.parametrize("flags, n_train, name, n_pixels, own", [
@@ -212,14 +209,6 @@ def test_bfloat16_changes_digits_but_not_the_training(digits, whole, tmp_path):
     assert a != b and a == pytest.approx(b, rel=5e-3)
 
 
-@pytest.mark.parametrize("likelihood, channels", [("logistic", 3), ("gaussian", 1)])
-@pytest.mark.parametrize("model", models.MODELS)
-def test_grey_and_coloured_images_train(model, likelihood, channels, tmp_path):
-    np.save(tmp_path / "x.npy", np.random.default_rng(0).integers(0, 200, (100, 4, 4, channels)))
-    out = fit(tmp_path / "run", tmp_path / "x.npy", "--likelihood", likelihood, "--model", model)
-    assert float(rows(out)[-1]["val_elbo"]) > float(rows(out)[0]["val_elbo"])
-
-
 def test_the_best_epoch_is_kept_and_patience_counts_from_it(digits, tmp_path, monkeypatch):
     elbo, averages = iter([-1, -9, -5, -4, -6, -6, -6, -6]), []     # beta is 1 from epoch 2 on
 
@@ -239,8 +228,6 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(digits, monkeypatch):
     data = datasets.load(str(digits), binarize="none")
     args = train.parse_args(["--likelihood", "logistic", "--device", "cpu"])
     config = models.Config(x_dim=64, components=80, likelihood="logistic")
-    few = train.start(train.apply_recipe(args, data), config, data).model.prior.u
-    assert few.mean().item() == pytest.approx(0.05, abs=0.001) and few.std() < 0.011
     monkeypatch.setattr(train, "MANY", 90)
     run = train.start(train.apply_recipe(args, data), config, data)
     torch.manual_seed(0)
@@ -296,15 +283,13 @@ def test_a_run_killed_at_any_step_of_a_write_resumes(moment, digits, tmp_path, m
     assert_same_run(fit(tmp_path / "whole", digits, *flags), tmp_path / "run")
 
 
-def test_ctrl_c_ends_at_once_without_a_traceback(whole, digits, tmp_path, monkeypatch):
-    killed_at(3 + 8 * 2, tmp_path / "run", digits, monkeypatch)
+def test_ctrl_c_ends_at_once_without_a_traceback(digits, tmp_path):
     code = ("import os, signal, sys, train\n"
             "train.validate = lambda *args: os.kill(os.getpid(), signal.SIGINT)\n"
             "train.main()")
-    command = [sys.executable, "-c", code, *words(tmp_path / "run", digits, "--resume")]
+    command = [sys.executable, "-c", code, *words(tmp_path / "run", digits)]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
-    assert_same_run(whole, fit(tmp_path / "run", digits, "--resume"))
 
 
 def test_the_folder_of_another_run(whole, digits, tmp_path):
@@ -335,7 +320,7 @@ def rewrite(path, function=lambda t: t, **config):
     lambda path: torch.save({"weight": torch.zeros(3)}, path),
     lambda path: path.write_bytes(path.read_bytes()[:-100]),
     lambda path: path.write_bytes(path.read_bytes().replace(b":[8]", b":[9]")),
-    lambda path: rewrite(path, lambda t: t * np.nan), lambda path: rewrite(path, torch.Tensor.half),
+    lambda path: rewrite(path, lambda t: t * np.nan),
     lambda path: rewrite(path, hidden=10**7, x_dim=10**7), lambda path: rewrite(path, prior="mog")])
 def test_a_file_that_holds_no_model_is_refused(damage, whole, tmp_path):
     path = Path(shutil.copy(whole / "model.safetensors", tmp_path))

@@ -394,7 +394,7 @@ def main(argv=None):
     model_config = Config(args.model, args.prior, data.train.shape[1], args.hidden, args.z_dim,
                           args.pseudo_inputs, args.learned_weights, args.likelihood,
                           data.image_shape[0], (*data.image_shape, 1)[2])
-    config = vars(args) | {"binarize": data.binarize, "sha256": data.sha256, "note": data.note,
+    config = vars(args) | {"binarize": data.binarize, "sha256": data.sha256,
                            "n_train": len(data.train), "processes": parallel.size()}
     check_own_model(model_config)
     run = start(args, model_config, data)
