@@ -153,9 +153,10 @@ def read_file(path):
         content = np.load(path, allow_pickle=False)
         arrays = {"x": content} if isinstance(content, np.ndarray) else dict(content)
         arrays = {ALIASES.get(name, name): array for name, array in arrays.items()}
-        if not {"x", "x_train"} & arrays.keys():
-            raise ValueError(f"it holds {', '.join(arrays)}; name the images x, or x_train and "
-                             "x_test")
+        known = {"x", "y"} if "x" in arrays else {f"{xy}_{part}" for xy in "xy" for part in SPLITS}
+        if arrays.keys() - known or not {"x", "x_train"} & arrays.keys():
+            raise ValueError(f"it holds {', '.join(arrays)}; name the images x, or x_train, x_val "
+                             "and x_test, the labels y or y_train and so on, and leave out others")
         x, y = split(arrays, "x"), split(arrays, "y")
         kinds = {(part.shape[1:], part.dtype.kind) for part in x}
         if len(kinds) > 1 or not all(part.size for part in x):
@@ -213,7 +214,7 @@ def as_images(x):
 
 
 def as_levels(x):
-    """Pixels as uint8, 0 to 255, or as float32, 0 to 1, if those are not all k / 255."""
+    """Pixels as uint8, 0 to 255, or as float32, 0 to 1, if not all of these are near k / 255."""
     low, high = x.min().item(), x.max().item()
     if not math.isfinite(high - low):
         raise ValueError("some pixels are NaN or infinite")
@@ -226,7 +227,8 @@ def as_levels(x):
         return x.astype(np.uint8)
     x = x.astype(np.float32)
     levels = np.rint(255 * x)
-    return levels.astype(np.uint8) if np.array_equal(levels / 255, x) else x
+    # float16 and products with 1 / 255 are not exact
+    return levels.astype(np.uint8) if np.allclose(levels / 255, x, rtol=0, atol=5e-4) else x
 
 
 def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
@@ -247,14 +249,14 @@ def load(name="mnist", folder="data", binarize="dynamic", device="cpu"):
     for x in images:
         digest.update(f"{x.shape} {x.dtype}".encode())
         digest.update(np.ascontiguousarray(x))
+    if all(is_binary(torch.from_numpy(x)) for x in images):
+        binarize = "none"       # the field calls such data static
     if binarize != "none":
         rng = np.random.RandomState(777)        # the authors' seed; validation is drawn first
         for i in (1, 2):
             grey = images[i] / np.float32(255 if images[i].dtype == np.uint8 else 1)
             images[i] = 255 * rng.binomial(1, grey).astype(np.uint8)
     images = [torch.from_numpy(x).to(device) for x in images]
-    if is_binary(images[0]):
-        binarize = "none"       # the field calls such data static
     labels = [torch.from_numpy(y).to(device) for y in labels or ()]
     return Data(path.name, image_shape, *images, dict(zip(SPLITS, labels)), binarize,
                 digest.hexdigest())

@@ -150,11 +150,18 @@ def latent_statistics(model, x, generator, draws=5):
     return metrics, arrays
 
 
+def spaced(n, count):
+    """Indices of `count` of n images, or of all if there are fewer. They are evenly spaced, because
+    test images may be sorted by class."""
+    count = min(n, count)
+    return torch.arange(count) * n // count
+
+
 @torch.no_grad()
 def pictures(model, data, generator, n=48):
     """Images for the figures, and the training images that are nearest to the first samples."""
     from sklearn.neighbors import NearestNeighbors      # here, because it takes seconds
-    images = datasets.pixels(data.test[:n])
+    images = datasets.pixels(data.test[spaced(len(data.test), n)])
     arrays = {"images": images, "reconstructions": model.reconstruct(images),
               "samples": model.sample(64, generator)}
     train = datasets.pixels(data.train).cpu().numpy()
@@ -314,7 +321,7 @@ def main(argv=None):
     p.add_argument("--fit-prior", type=Path, metavar="DIR",
                    help="only fit a mixture of Gaussians to the training images' codes, and write "
                         "the run with this prior to DIR")
-    p.add_argument("--images", type=int, help="only so many of the test images, the first ones")
+    p.add_argument("--images", type=int, help="only so many of the test images, evenly spaced")
     p.add_argument("--data-dir", help="where the data lie now")
     p.add_argument("--dataset", help="where your own array lies now")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where to evaluate",
@@ -339,8 +346,10 @@ def main(argv=None):
         info["config"] = vars(model.config)
         return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name
-    labels = {split: y[:args.images] if split == "test" else y for split, y in data.labels.items()}
-    data = dataclasses.replace(data, test=data.test[:args.images], labels=labels)
+    if args.images:
+        keep = spaced(len(data.test), args.images)
+        labels = {name: y[keep] if name == "test" else y for name, y in data.labels.items()}
+        data = dataclasses.replace(data, test=data.test[keep], labels=labels)
     with files.progress(parallel.is_main_process(), desc=f"{name}: likelihood",
                         total=-(-len(data.test) // parallel.size())) as bar:
         metrics, arrays = evaluate(model, data, args.samples, bar.update)

@@ -28,7 +28,7 @@ LOOKS = {"vae": ("#D55E00", "o"), "fit": ("#000000", "X"), "vamp": ("#0072B2", "
          "hvamp": ("#009E73", "D"), "hmog": ("#56B4E9", "P")}
 PARTS = {"elbo": "ELBO", "recon": "reconstruction", "kl": "KL"}
 NATS = "nats per image"
-SHOWN = 6000        # points in a latent space; more hide each other
+SHOWN = 5000        # points in a latent space, at most; more hide each other
 Run = collections.namedtuple("Run", "label metrics log arrays color marker")
 
 
@@ -42,9 +42,9 @@ def full_label(name, metrics):
     return metrics["label"] if name in LOOKS else f"{metrics['label']} ({name})"
 
 
-def plus_minus(mean, se):
+def plus_minus(mean, se, digits=2):
     """Both as text; the mean alone where there is no error, as for a single image."""
-    return f"{mean:.2f}" if se is None else f"{mean:.2f} ± {se:.2f}"
+    return f"{mean:.{digits}f}" if se is None else f"{mean:.{digits}f} ± {se:.{digits}f}"
 
 
 def read_runs(folder):
@@ -127,10 +127,11 @@ def strips(blocks, columns=16):
 
 def scatter(ax, run, points, legend):
     """Points (N, 2) of test images, coloured by class; adds up to 20 classes to `legend`."""
-    labels = run.arrays.get("labels", np.zeros(len(points), int))[:SHOWN]
+    shown = slice(None, None, -(-len(points) // SHOWN))     # evenly spaced
+    labels = run.arrays.get("labels", np.zeros(len(points), int))[shown]
     classes, index = np.unique(labels, return_inverse=True)
     colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]
-    ax.scatter(*points[:SHOWN].T, s=3, lw=0, alpha=0.75, color=colors(index % colors.N))
+    ax.scatter(*points[shown].T, s=3, lw=0, alpha=0.75, color=colors(index % colors.N))
     if 1 < len(classes) <= 20:
         for i, name in enumerate(classes):
             legend[str(name)] = ax.scatter([], [], s=22, color=colors(i))
@@ -284,9 +285,9 @@ def active_units(runs):
 
 
 def latents(runs):
-    """Latent spaces. Points are posterior means of test images, coloured by class, on the two
-    directions in which they vary most. A ring is a component of the prior, and its area is the
-    component's use. Circles are N(0, I) at one and two standard deviations."""
+    """Latent spaces. Points are posterior means of test images, 5,000 at most, coloured by class,
+    on the two directions in which they vary most. A ring is a component of the prior, and its area
+    is the component's use. Circles are N(0, I) at one and two standard deviations."""
     size = 5 if len(runs) == 1 else 3.2
     fig, axes = panels(len(runs), size, size + 0.6)
     legend, ring = {}, {"facecolors": "none", "edgecolors": "black", "lw": 0.6}
@@ -317,8 +318,8 @@ def latents(runs):
 
 def planes(runs):
     """The prior of two latents. Above: the prior's log density, with the same levels for all, and
-    the posterior means of test images, coloured by class. Below: what the points of the plane
-    generate, fainter where the prior is thin."""
+    the posterior means of test images, 5,000 at most, coloured by class. Below: what the points of
+    the plane generate, fainter where the prior is thin."""
     n = len(runs)
     fig, axes = panels(2 * n, 4.4 if n == 1 else 3.5, 3.7, n)
     top = max(run.arrays["plane_log_prior"].max() for run in runs)

@@ -37,23 +37,27 @@ def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
             "--model")
 
 
-def test_an_own_model_may_have_dropout_constants_and_lists(digits, tmp_path, monkeypatch):
+def test_an_own_model_may_have_dropout_constants_buffers_and_lists(digits, tmp_path, monkeypatch):
     """Validation and the weights that are kept are without dropout; a resumed run has its draws."""
     (tmp_path / "own.py").write_text("""import models, torch
 class Own(models.VAE):
     def make_layers(self, config, n_out):
         super().make_layers(config, n_out)
         self.drop, self.scale = torch.nn.Dropout(), torch.tensor(2.0)
+        self.gain = torch.nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("steps", torch.tensor(0))
     def infer(self, x):
         return [[self.scale * part for part in self.encode(x)]]
     def decode(self, z):
-        return self.output(self.drop(self.decoder(z)))
+        self.steps += self.training
+        return self.output(self.gain * self.drop(self.decoder(z)))
 """)
     flags = ["--model", f"{tmp_path}/own.py:Own"]
     whole = fit(tmp_path / "whole", digits, *flags)
     killed_at(3 + 8 * 2, tmp_path / "run", digits, monkeypatch, *flags)
     assert_same_run(whole, fit(tmp_path / "run", digits, *flags, "--resume"))
     (model, info), data = load(whole), datasets.load(str(digits))
+    assert model.gain != 1 and model.steps > 0
     kept = rows(whole)[info["best_epoch"] - 1]["val_elbo"]
     assert train.validate(model, data.val, 0)["val_elbo"] == pytest.approx(float(kept))
     evaluate.main([str(whole), "--samples", "9", *flags])
@@ -64,7 +68,9 @@ class Own(models.VAE):
     ("class Own(models.Model): pass", "no attribute 'make_layers'"),
     ("class Own(models.VAE):\n def infer(self, x): return x", "see models.Model: "),
     ("class Own(models.VAE):\n def terms(self, x, S, generator, inferred): pass", "arguments"),
-    ("class Own(models.VAE):\n def generate(self, z, generator): return z", "have the shapes")])
+    ("class Own(models.VAE):\n def generate(self, z, generator): return z", "have the shapes"),
+    ("class Own(models.VAE):\n def make_layers(self, c, n):\n  super().make_layers(c, n)\n"
+     "  self.output = models.nn.Sequential(self.output)", "no attribute 'bias'")])
 def test_a_class_that_does_not_fit_is_one_line(code, said, crops, tmp_path):
     (tmp_path / "own.py").write_text(f"import models\n{code}\n")
     flags = ["--likelihood", "logistic", "--model", f"{tmp_path}/own.py:Own"]

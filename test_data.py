@@ -102,6 +102,8 @@ def test_training_images_by_binarisation(made, tmp_path):
     assert not torch.equal(one, other) and one.unique().tolist() == [0, 1]
     assert np.array_equal(none(every), grey)
     assert own(tmp_path, "dynamic", x=BITS).binarize == "none"      # it is static
+    mixed = own(tmp_path, "dynamic", **OWN | {"x_train": BITS[:25]})
+    assert mixed.binarize == "dynamic" and data.is_binary(mixed.test)
 
 
 @pytest.mark.parametrize("scale", [1, 255])     # uint8 as it is, floats
@@ -149,7 +151,8 @@ def test_a_failed_download_can_be_repeated(made, tmp_path, monkeypatch, pickled,
 @pytest.mark.parametrize("x, expected", [
     (GREY, GREY), (np.asfortranarray(GREY), GREY), (GREY.reshape(40, 30), GREY.reshape(40, 1, 30)),
     (GREY.astype(">i8"), GREY), (GREY[..., None], GREY), (GREY[:, None], GREY), (GREY / 255, GREY),
-    (BITS > 0, BITS), (BITS // 255, BITS), (BITS / 255, BITS), (FLOAT, FLOAT), (COLOUR, COLOUR),
+    ((GREY / 255).astype("f2"), GREY), (GREY * np.float32(1 / 255), GREY), (BITS > 0, BITS),
+    (BITS // 255, BITS), (BITS / 255, BITS), (FLOAT, FLOAT), (COLOUR, COLOUR),
     (FLOAT[:, :5].reshape(40, 25), FLOAT[:, :5]), (COLOUR.transpose(0, 3, 1, 2), COLOUR)])
 def test_pixels_of_any_type_and_layout(tmp_path, x, expected):
     np.save(tmp_path / "own.npy", x)
@@ -227,7 +230,9 @@ def test_the_recipes_of_results(tmp_path, monkeypatch):
     ({"x": FOUR}, "x[..., :3]"), ({"x": FOUR.transpose(0, 3, 1, 2)}, "x.transpose(0, 2, 3, 1)"),
     ({"a": GREY, "b": GREY}, "it holds a, b; name the images x"), (OWN | {"x_val": FLOAT}, "type"),
     (OWN | {"x_val": GREY[:0]}, "(0, 6, 5)"), (OWN | {"x_test": GREY[:, :5]}, "(40, 5, 5)"),
-    (OWN | {"y_train": Y[:25]}, "no array 'y_test'"), ({"x": GREY, "y": np.eye(40)}, "(32, 40)")])
+    (OWN | {"y_train": Y[:25]}, "no array 'y_test'"), (OWN | {"x": GREY}, "leave out others"),
+    ({"x_train": GREY, "x_valid": GREY, "x_test": GREY}, "leave out others"),
+    ({"x": GREY, "y": np.eye(40)}, "(32, 40)")])
 def test_foreign_arrays_are_one_line(tmp_path, arrays, words):
     np.savez(tmp_path / "own.npz", **arrays)
     refused(lambda: data.main(["--dataset", f"{tmp_path}/own.npz"]), "own.npz: ", words)

@@ -100,9 +100,10 @@ def test_log_mixture_equals_torch_distributions(monkeypatch, tile, less, lead, K
 
 
 @pytest.mark.parametrize("x", [[255.0, 0.0], [-0.1, 1.0], [math.nan, 0.5]])
-def test_log_bernoulli_refuses_what_is_no_probability(x):
-    with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
-        log_bernoulli(torch.tensor(x), torch.zeros(2))
+def test_what_is_no_pixel_is_refused(x):
+    for log_px, parameters in ((log_bernoulli, 2), (models.logistic_pixels, 4)):
+        with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
+            log_px(torch.tensor(x), torch.zeros(parameters))
 
 
 def test_float32_error_of_log_mixture():

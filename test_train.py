@@ -94,7 +94,7 @@ def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, cli
     model.output.bias.data = torch.logit((data.train / 255).mean(0).clamp(0.01, 0.99))
     average = copy.deepcopy(model)
     matrices = [p for p in model.parameters() if p.ndim > 1 and p is not u]
-    others = [p for p in model.parameters() if p.ndim == 1] + [u]
+    others = [p for p in model.parameters() if p.ndim < 2] + [u]
     adam = torch.optim.AdamW([{"params": matrices, "weight_decay": decay},
                               {"params": others, "weight_decay": 0}], betas=(0.9, 0.99))
     log, kept, step = [], [], 0
