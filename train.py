@@ -30,7 +30,7 @@ DEFAULT = dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996, wei
                pseudo_inputs=500)
 RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
 STATIC = dict(epochs=100, warmup=20, weight_decay=0.16)
-SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=1.0)
+SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=0.5)
 TINY = dict(epochs=300, batch_size=100, lr=3e-3, warmup=30, ema=0.998, weight_decay=0.02)
 # settings that may differ on resuming; device, number of processes and compile change the bits
 MAY_CHANGE = {"out", "resume", "data_dir", "dataset", "device", "recipe", "processes", "compile"}
