@@ -182,9 +182,7 @@ def read_file(path):
 
 def split(arrays, kind):
     """Three arrays of x, images, or of y, labels. None if there are none."""
-    if "x" in arrays:
-        if kind not in arrays:
-            return None
+    if kind in arrays:
         n, held = len(arrays[kind]), len(arrays[kind]) // 10
         order = np.random.RandomState(777).permutation(n)       # the same for x and y
         return np.split(arrays[kind][order], [n - 2 * held, n - held])

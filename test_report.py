@@ -153,15 +153,16 @@ def test_active_units_and_kl_per_layer(runs):
     assert [(bar.get_x(), bar.get_width()) for bar in right.patches] == bars
 
 
-def test_latents_are_drawn_on_the_principal_axes(runs):
+def test_latents_are_drawn_on_the_principal_axes(runs, monkeypatch):
+    monkeypatch.setattr(plot, "SHOWN", 25)      # of 60
     for run, ax in zip(runs, plot.latents(runs).axes):
         centre = run.arrays["latent_means"].mean(0)
         z = run.arrays["latent_means"] - centre
         points, *rings = [c for c in ax.collections if len(c.get_offsets())]
         values, vectors = np.linalg.eigh(np.cov(z.T))
         plane = vectors[:, [-1, -2]]
-        plane *= np.sign((z @ plane * points.get_offsets()).sum(0))
-        np.testing.assert_allclose(points.get_offsets(), z @ plane, atol=1e-9)
+        plane *= np.sign((z[::3] @ plane * points.get_offsets()).sum(0))
+        np.testing.assert_allclose(points.get_offsets(), z[::3] @ plane, atol=1e-9)
         assert f"({values[-1] / values.sum():.0%} of the variance)" in ax.get_xlabel()
         if run.metrics["prior"] == "vamp":
             order = np.argsort(-run.arrays["component_use"])
