@@ -128,7 +128,7 @@ def latent_statistics(model, x, generator, draws=5):
     metrics, arrays = {"active_above": ACTIVE, "active_units": {}, "latent_dims": {}}, {}
     for layer in model.layers:
         mu = torch.cat([latents[layer][0] for latents in means])     # (N, D)
-        variance = mu.double().var(0)                                   # (D,)
+        variance = mu.double().var(0, correction=min(1, len(mu) - 1))   # (D,), 0 for one image
         metrics["active_units"][layer] = int((variance > ACTIVE).sum())
         metrics["latent_dims"][layer] = len(variance)
         arrays[f"variance_{layer}"] = variance

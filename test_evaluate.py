@@ -234,6 +234,7 @@ def test_every_figure_can_be_drawn_from_the_arrays(record, hwhole):
     assert plot.FIGURES.keys() == {path.stem for path in hwhole.glob("*.png")}
 
 
+@pytest.mark.filterwarnings("error")
 def test_fewer_images_are_evenly_spaced_and_have_their_own_labels(record, hwhole, tmp_path):
     m, a = evaluated(shutil.copytree(hwhole, tmp_path / "run"), "--images", 5)
     data = evaluate.load_run(hwhole)[2]
@@ -241,6 +242,7 @@ def test_fewer_images_are_evenly_spaced_and_have_their_own_labels(record, hwhole
     assert np.array_equal(a["images"], datasets.pixels(data.test[[0, 2, 4, 7, 9]]))
     assert np.array_equal(a["labels"], data.labels["test"][[0, 2, 4, 7, 9]])
     assert evaluated(tmp_path / "run", "--images", 99)[0]["nll"] == record[0]["nll"]
+    assert evaluated(tmp_path / "run", "--images", 1)[0]["nll"]["se"] is None
 
 
 def test_bits_per_dimension_are_of_the_logistic_alone(grey, digits, tmp_path):
