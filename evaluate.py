@@ -150,18 +150,17 @@ def latent_statistics(model, x, generator, draws=5):
     return metrics, arrays
 
 
-def spaced(n, count):
-    """Indices of `count` of n images, or of all if there are fewer. They are evenly spaced, because
-    test images may be sorted by class."""
-    count = min(n, count)
-    return torch.arange(count) * n // count
+def some(n, count):
+    """Indices of `count` of n images at random, always the same, or of all if there are fewer. The
+    first images would be of one class, if they are sorted."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 @torch.no_grad()
 def pictures(model, data, generator, n=48):
     """Images for the figures, and the training images that are nearest to the first samples."""
     from sklearn.neighbors import NearestNeighbors      # here, because it takes seconds
-    images = datasets.pixels(data.test[spaced(len(data.test), n)])
+    images = datasets.pixels(data.test[some(len(data.test), n)])
     arrays = {"images": images, "reconstructions": model.reconstruct(images),
               "samples": model.sample(64, generator)}
     train = datasets.pixels(data.train).cpu().numpy()
@@ -321,7 +320,7 @@ def main(argv=None):
     p.add_argument("--fit-prior", type=Path, metavar="DIR",
                    help="only fit a mixture of Gaussians to the training images' codes, and write "
                         "the run with this prior to DIR")
-    p.add_argument("--images", type=int, help="only so many of the test images, evenly spaced")
+    p.add_argument("--images", type=int, help="only so many of the test images, at random")
     p.add_argument("--data-dir", help="where the data lie now")
     p.add_argument("--dataset", help="where your own array lies now")
     p.add_argument("--device", choices=("cpu", "cuda"), help="where to evaluate",
@@ -347,7 +346,7 @@ def main(argv=None):
         return files.save(args.fit_prior / "model.safetensors", model.state_dict(), info)
     name = args.run.resolve().name
     if args.images:
-        keep = spaced(len(data.test), args.images)
+        keep = some(len(data.test), args.images)
         labels = {name: y[keep] if name == "test" else y for name, y in data.labels.items()}
         data = dataclasses.replace(data, test=data.test[keep], labels=labels)
     with files.progress(parallel.is_main_process(), desc=f"{name}: likelihood",

@@ -60,10 +60,10 @@ def load_model(path, build, device="cpu"):
     try:
         with torch.device("meta"):      # takes no memory, whatever sizes the config claims
             build(info["config"]).load_state_dict(tensors, assign=True)
-        if not all(t.isfinite().all() for t in tensors.values()):
-            raise ValueError("it holds numbers that are not finite")
         model = build(info["config"]).to(device)
         model.load_state_dict(tensors)
+        if not all(t.isfinite().all() for t in model.state_dict().values()):
+            raise ValueError("it holds numbers that are not finite")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{path} does not hold a model of this project: {reason}") from None

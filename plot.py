@@ -21,7 +21,8 @@ import files
 matplotlib.rcParams.update({
     "text.parse_math": False, "font.size": 8.5, "axes.titlesize": 9, "axes.spines.top": False,
     "axes.spines.right": False, "legend.fontsize": 7.5, "legend.title_fontsize": 9.5,
-    "legend.frameon": False, "lines.markersize": 3, "savefig.dpi": 150, "savefig.bbox": "tight"})
+    "legend.frameon": False, "lines.markersize": 3, "savefig.dpi": 150, "savefig.bbox": "tight",
+    "savefig.format": "png"})
 # Okabe and Ito's palette, for colour-blind readers; the markers say it again
 LOOKS = {"vae": ("#D55E00", "o"), "fit": ("#000000", "X"), "vamp": ("#0072B2", "s"),
          "mog": ("#CC79A7", "v"), "hvae": ("#E69F00", "^"),
@@ -127,7 +128,7 @@ def strips(blocks, columns=16):
 
 def scatter(ax, run, points, legend):
     """Points (N, 2) of test images, coloured by class; adds up to 20 classes to `legend`."""
-    shown = slice(None, None, -(-len(points) // SHOWN))     # evenly spaced
+    shown = np.sort(np.random.default_rng(0).permutation(len(points))[:SHOWN])
     labels = run.arrays.get("labels", np.zeros(len(points), int))[shown]
     classes, index = np.unique(labels, return_inverse=True)
     colors = matplotlib.colormaps["tab10" if len(classes) <= 10 else "tab20"]

@@ -60,13 +60,17 @@ def read(folder):
 # --------------------------------------------------------------------------------------- tables
 
 
+def digits(key):
+    return 3 if key == "bits_per_dim" else 2
+
+
 def cell(seeds, key):
     """Mean ± spread of one quantity, "-" where it was not measured."""
     values = [m[key]["mean"] for m in seeds if key in m]
     if not values:
         return "-"
     spread = stdev(values) if len(values) > 1 else seeds[0][key]["se"]
-    return plot.plus_minus(fmean(values), spread, 3 if key == "bits_per_dim" else 2)
+    return plot.plus_minus(fmean(values), spread, digits(key))
 
 
 def seeds_as_one(seeds):
@@ -107,7 +111,7 @@ def results(models):
     everything = [measured(m) for seeds in models.values() for m in seeds]
     alike = everything.count(everything[0]) == len(everything)
     for title, (key, best) in COLUMNS.items():
-        means = {name: round(fmean(m[key]["mean"] for m in seeds), 2)       # as printed
+        means = {name: round(fmean(m[key]["mean"] for m in seeds), digits(key))
                  for name, seeds in models.items() if all(key in m for m in seeds)}
         for name, seeds in models.items():
             text = cell(seeds, key)

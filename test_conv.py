@@ -1,6 +1,7 @@
 """conv.py, and models of the user's own: `--model FILE.py:CLASS`."""
 import numpy as np
 import pytest
+import torch
 from sklearn.datasets import load_sample_images
 
 import data as datasets
@@ -8,6 +9,7 @@ import evaluate
 import models
 import plot
 import train
+from conv import ConvVAE
 from test_train import (HERE, assert_same_run, digits, fit, killed_at, load, refused,   # noqa: F401
                         rows)
 
@@ -35,6 +37,18 @@ def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
     models.MODELS.pop("conv.py:ConvVAE")    # a new process runs only a file that is named
     refused(lambda: evaluate.main([f"{folder}/vamp"]), "conv.py:ConvVAE", "not one of vae, hvae",
             "--model")
+
+
+def test_the_decoder_puts_each_channel_where_the_pixels_have_it(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "own", ConvVAE)
+    model = models.build(models.Config("own", x_dim=8 * 12 * 3, components=5, height=8, channels=3,
+                                       likelihood="logistic"))
+    z = torch.randn(9, 40)
+    before = model.decode(z)
+    model.output.body[-1].bias.data[-1] += 1        # the last channel of the second parameter
+    moved = (model.decode(z) - before).view(9, 2, 96, 3)
+    torch.testing.assert_close(moved[:, 1, :, 2], torch.ones(9, 96))
+    assert moved.sum().item() == pytest.approx(9 * 96, rel=1e-4)
 
 
 def test_an_own_model_may_have_dropout_constants_buffers_and_lists(digits, tmp_path, monkeypatch):

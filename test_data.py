@@ -159,7 +159,7 @@ def test_pixels_of_any_type_and_layout(tmp_path, x, expected):
     check(data.load(tmp_path / "own.npy", binarize="none"), (32, 4, 4), expected[ORDER])
 
 
-@pytest.mark.parametrize("names", [["x", "y"], ["images", "labels"]])
+@pytest.mark.parametrize("names", [["x", "y"], ["images", "labels"], ["arr_0", "y"]])
 @pytest.mark.parametrize("y", [Y, Y[:, None].astype("u1"), 2.0 * Y, np.char.mod("no. %02d", Y)])
 def test_labels_follow_the_images(tmp_path, names, y):
     check(own(tmp_path, **dict(zip(names, (GREY, y)))), (32, 4, 4), GREY[ORDER], ORDER)

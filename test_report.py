@@ -161,8 +161,9 @@ def test_latents_are_drawn_on_the_principal_axes(runs, monkeypatch):
         points, *rings = [c for c in ax.collections if len(c.get_offsets())]
         values, vectors = np.linalg.eigh(np.cov(z.T))
         plane = vectors[:, [-1, -2]]
-        plane *= np.sign((z[::3] @ plane * points.get_offsets()).sum(0))
-        np.testing.assert_allclose(points.get_offsets(), z[::3] @ plane, atol=1e-9)
+        shown = z[np.sort(np.random.default_rng(0).permutation(60)[:25])]
+        plane *= np.sign((shown @ plane * points.get_offsets()).sum(0))
+        np.testing.assert_allclose(points.get_offsets(), shown @ plane, atol=1e-9)
         assert f"({values[-1] / values.sum():.0%} of the variance)" in ax.get_xlabel()
         if run.metrics["prior"] == "vamp":
             order = np.argsort(-run.arrays["component_use"])
