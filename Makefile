@@ -70,8 +70,9 @@ plane:  ## the picture at the head of the README: three priors of two latents, 2
 
 PAPER = $(or $(GIVEN),$(RUN)-paper)
 paper:  ## the full protocol, hours: five models, three seeds, S = 5000
-	@set -e; for seed in $(or $(SEEDS),$(SEED),0 1 2); do $(MAKE) all RUN=$(PAPER)/seed$$seed SEED=$$seed \
-	  RECIPE=long SAMPLES=$(or $(SAMPLES),5000) MODELS="$(or $(MODELS),vae fit vamp hvae hvamp)"; done
+	@set -e; for seed in $(or $(SEEDS),$(SEED),0 1 2); do \
+	  $(MAKE) all RUN=$(PAPER)/seed$$seed SEED=$$seed RECIPE=long SAMPLES=$(or $(SAMPLES),5000) \
+	  MODELS="$(or $(MODELS),vae fit vamp hvae hvamp)"; done
 	@$(call LINK,$(PAPER))
 	@$(PYTHON) report.py $(PAPER)
 

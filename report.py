@@ -61,6 +61,7 @@ def read(folder):
 
 
 def digits(key):
+    """Decimals with which a quantity is printed."""
     return 3 if key == "bits_per_dim" else 2
 
 

@@ -309,8 +309,6 @@ def optimizer_step(run, args, step):
     with torch.no_grad():       # the decay grows to args.ema, to forget the first weights soon
         decay = min(args.ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(run.average.parameters()), parameters, 1 - decay)
-        for kept, buffer in zip(run.average.buffers(), run.model.buffers()):
-            kept.copy_(buffer)
     return norm
 
 
@@ -344,6 +342,8 @@ def train_epoch(run, net, args, data, tick=lambda: None):
         norms += optimizer_step(run, args, (epoch - 1) * len(batches) + step).double()
         add_up(sums, terms)
         tick()
+    for kept, buffer in zip(run.average.buffers(), run.model.buffers()):
+        kept.copy_(buffer)      # of a model of your own; a buffer has no average
     norm = norms.item() / len(batches)
     if not math.isfinite(norm):
         raise ValueError(f"a gradient is not finite in epoch {epoch}: try a lower --lr or --clip, "
