@@ -8,7 +8,7 @@ NAMES      := $(or $(MODELS),vae vamp $(if $(MODEL),,hvamp))
 DATA        = --dataset "$(DATASET)" --data-dir "$(DATA_DIR)"
 EVALUATION := --samples $(or $(SAMPLES),500) $(EVAL_FLAGS)
 
-# A RUN that exists is continued. Without one, := asks for the time once, for all that make starts.
+# A RUN that exists is continued. A new one is named after the time, which := asks for only once.
 GIVEN := $(RUN)
 ifneq ($(strip $(foreach c,: ' " $$ \ ; & %,$(findstring $c,$(value RUN)))$(word 2,$(RUN))),)
 $(error RUN must be a folder whose name has letters, digits and . _ - / only)

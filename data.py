@@ -213,7 +213,7 @@ def as_images(x):
 
 
 def as_levels(x):
-    """Pixels as uint8, 0 to 255, or as float32, 0 to 1, if not all of these are near k / 255."""
+    """Pixels as uint8 from 0 to 255 if all are near k / 255, else as float32 from 0 to 1."""
     low, high = x.min().item(), x.max().item()
     if not math.isfinite(high - low):
         raise ValueError("some pixels are NaN or infinite")

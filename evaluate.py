@@ -151,8 +151,8 @@ def latent_statistics(model, x, generator, draws=5):
 
 
 def some(n, count):
-    """Indices of `count` of n images at random, always the same, or of all if there are fewer. The
-    first images would be of one class, if they are sorted."""
+    """The same `count` random indices of n each time, or all n if there are fewer. Random, because
+    files may be sorted by class."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
@@ -177,7 +177,7 @@ def pseudo_pictures(model, use, generator, n=40):
     """The n most used pseudo-inputs, and an image that each generates."""
     top = use.argsort(descending=True)[:n]
     mu, logvar = (part[top] for part in model.prior.components())
-    return {"pseudo_inputs": model.prior.pseudo_inputs()[top],
+    return {"pseudo_inputs": model.prior.u[top],
             "pseudo_samples": model.generate(draw_normal(mu, logvar, generator), generator)}
 
 

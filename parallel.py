@@ -33,11 +33,6 @@ def start(device):
     atexit.register(dist.destroy_process_group)
 
 
-def restarted():
-    """Whether torchrun started all processes anew after one had failed (--max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-
-
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

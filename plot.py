@@ -44,7 +44,7 @@ def full_label(name, metrics):
 
 
 def plus_minus(mean, se, digits=2):
-    """Both as text; the mean alone where there is no error, as for a single image."""
+    """Such as 82.10 ± 0.26, or the mean alone for a single image, which has no error."""
     return f"{mean:.{digits}f}" if se is None else f"{mean:.{digits}f} ± {se:.{digits}f}"
 
 
@@ -66,7 +66,7 @@ def read_runs(folder):
 
 
 def title_and_caption(function):
-    """Both of a figure, from the docstring of its function."""
+    """A figure's title and caption, from its function's docstring."""
     title, _, caption = " ".join(function.__doc__.split()).partition(". ")
     return title, caption
 

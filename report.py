@@ -44,7 +44,7 @@ NOTES = {
 
 def read(folder):
     """{name: [metrics of each seed]} of the models in `folder`, or in its folders seed0, ...
-    With each image's log p(x) as "log_px" (N,), where there is an arrays.npz."""
+    Each has every image's log p(x) as "log_px" (N,), if there is an arrays.npz."""
     found = {}
     paths = [*folder.glob("seed*/*/metrics.json")] or folder.glob("*/metrics.json")
     for path in sorted(paths):
@@ -167,12 +167,9 @@ def markdown(rows):
 
 def conditions(models):
     """On which data, with which S and in which precision: a line for each that occurs."""
-    lines = set()
-    for m in (m for seeds in models.values() for m in seeds):
-        lines.add(f"{m['dataset']}, binarisation: {m['binarize']}, {m['likelihood']} "
-                  f"likelihood, {m['images']:,} test images, S = {m['samples']:,}, trained in "
-                  f"{m['trained_in']}.")
-    return sorted(lines)
+    return sorted({f"{m['dataset']}, binarisation: {m['binarize']}, {m['likelihood']} likelihood, "
+                   f"{m['images']:,} test images, S = {m['samples']:,}, trained in "
+                   f"{m['trained_in']}." for seeds in models.values() for m in seeds})
 
 
 def gain(models):

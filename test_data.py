@@ -83,11 +83,6 @@ def made(tmp_path_factory):
     return folder, (x[:10_020], y[:10_020], x[10_020:], y[10_020:])
 
 
-def test_protocol_on_made_up_files(made, monkeypatch):
-    monkeypatch.setenv("HOME", str(made[0]))
-    check_protocol(data.load("mnist", "~"), *made[1])
-
-
 @pytest.mark.skipif(not (REAL / "MNIST" / "raw").exists(), reason="no MNIST/raw in DATA_DIR")
 def test_protocol_on_the_real_mnist():
     sets, loaded = [MNIST(REAL, train=train) for train in (True, False)], data.load("mnist", REAL)
@@ -253,7 +248,5 @@ def test_damaged_files_are_one_line(made, tmp_path, monkeypatch, name, flag, wor
     assert not Path("exploded").exists()
 
 
-def test_other_files_and_colour_say_what_to_do(tmp_path):
+def test_other_files_say_what_to_do():
     refused(lambda: data.main(["--dataset", "faces.mat"]), "'faces.mat'", "RESULTS.md has recipes")
-    with pytest.raises(ValueError, match="colour.* --likelihood logistic .* or gaussian"):
-        own(tmp_path, "dynamic", x=COLOUR)

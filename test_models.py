@@ -218,7 +218,7 @@ def test_pseudo_inputs_stay_inside_their_bounds():
         VampPrior(None, beyond)
     prior = VampPrior(None, beyond, bounds=None)
     prior.project_()
-    assert prior.pseudo_inputs().tolist() == [[-1.0, 2.0]]
+    assert prior.u.tolist() == [[-1.0, 2.0]]
 
 
 def test_an_encoder_that_mixes_images_or_returns_no_pair_is_named():

@@ -402,7 +402,7 @@ def main(argv=None):
     check_own_model(model_config)
     run = start(args, model_config, data)
     if parallel.is_main_process():
-        lock = open_run(out, config, args.resume or parallel.restarted())   # held until the end
+        lock = open_run(out, config, args.resume)       # held until the end
         files.say(f"{out.name}: {data}")
     if done:
         if parallel.is_main_process():
