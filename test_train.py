@@ -167,6 +167,7 @@ def images_of(name, n=50_000, n_pixels=784):
     ("", 9_999, "a", 784, train.SMALL), ("", 3_000, "a", 9, train.SMALL | {"compile": "off"}),
     ("", 2_999, "mnist", 784, train.TINY), ("--recipe long", 50_000, "static", 784, train.STATIC),
     ("--model hvae", 50_000, "static", 784, train.STATIC | {"lr": 0.006}),
+    ("--model hvae", 2_999, "mnist", 560, train.TINY | {"lr": 0.0015}),
     ("", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
     ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),

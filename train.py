@@ -102,14 +102,13 @@ def parse_args(argv=None):
 def apply_recipe(args, data):
     """The flags, with the recipe's values where none was given. ValueError if one is too low."""
     values, (n_train, n_pixels) = dict(RECIPES[args.recipe]), data.train.shape
+    divisor = 2 if args.model == "hvae" else 1      # the full rate is too high for two layers
     if n_train < FEW:
-        values |= TINY
+        values |= TINY | {"lr": TINY["lr"] / divisor}
     elif n_train < MANY:
         values |= SMALL
     elif data.binarize == "none" and args.likelihood == "bernoulli":    # black-and-white images
-        values |= STATIC
-        if args.model == "hvae":
-            values["lr"] /= 2       # at the full rate its KL leaps now and then
+        values |= STATIC | {"lr": values["lr"] / divisor}
     elif data.name == "fashion" and args.likelihood == "bernoulli":
         values["lr"] /= 2           # a precaution: both rates gave the HVAE the same ELBO
         values["weight_decay"] *= 2
