@@ -72,7 +72,7 @@ PAPER = $(or $(GIVEN),$(RUN)-paper)
 paper:  ## the full protocol, hours: five models, three seeds, S = 5000
 	@set -e; for seed in $(or $(SEEDS),$(SEED),0 1 2); do \
 	  $(MAKE) all RUN=$(PAPER)/seed$$seed SEED=$$seed RECIPE=long SAMPLES=$(or $(SAMPLES),5000) \
-	  MODELS="$(or $(MODELS),vae fit vamp hvae hvamp)"; done
+	  MODELS="$(or $(MODELS),vae fit vamp $(if $(MODEL),,hvae hvamp))"; done
 	@$(call LINK,$(PAPER))
 	@$(PYTHON) report.py $(PAPER)
 

@@ -159,10 +159,11 @@ def read_file(path):
             raise ValueError(f"it holds {', '.join(arrays)}; name the images x, or x_train, x_val "
                              "and x_test, the labels y or y_train and so on, and leave out others")
         x, y = split(arrays, "x"), split(arrays, "y")
-        kinds = {(part.shape[1:], part.dtype.kind) for part in x}
+        kinds = {(part.shape[1:], part.dtype.kind, part.size and part.max() > 1) for part in x}
         if len(kinds) > 1 or not all(part.size for part in x):
             raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in x) + "; each split "
-                             "needs images, so one array at least ten, and all one shape and type")
+                             "needs images, so one array at least ten, and all one shape, type "
+                             "and scale")
         sizes = [len(part) for part in x]
         ends = np.cumsum(sizes)[:2]
         images, image_shape = as_images(np.concatenate(x))
@@ -218,7 +219,7 @@ def as_levels(x):
     if not math.isfinite(high - low):
         raise ValueError("some pixels are NaN or infinite")
     white = 255 if x.dtype.kind in "iu" and high > 1 else 1
-    if not 0 <= low <= high <= white or high < white // 2:
+    if not 0 <= low <= high <= white or high < 0.49 * white:
         scaled = "x / 255" if 0 <= low and 127 < high <= 255 else f"(x - {low}) / {high - low}"
         raise ValueError(f"{x.dtype} values from {low} to {high}, but white is 255, or 1 for "
                          f"floats, and black is 0: save {scaled}")

@@ -335,7 +335,7 @@ def main(argv=None):
     if args.fit_prior:
         if not parallel.is_main_process():
             return
-        if (args.fit_prior / "model.safetensors").exists():
+        if any((args.fit_prior / name).exists() for name in ("model.safetensors", "last.pt")):
             raise ValueError(f"{args.fit_prior} holds a run already: give another folder")
         fit_prior(model, data, torch.Generator(args.device).manual_seed(0))
         args.fit_prior.mkdir(parents=True, exist_ok=True)

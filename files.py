@@ -34,7 +34,8 @@ def write_atomic(path, data):
 def save(path, tensors, info):
     """Writes named tensors and a dict of plain values to one safetensors file."""
     from safetensors.torch import save as to_bytes
-    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # a copy, because safetensors refuses tensors that share memory
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
     write_atomic(path, to_bytes(tensors, {"info": json.dumps(info)}))
 
 
@@ -62,7 +63,7 @@ def load_model(path, build, device="cpu"):
             build(info["config"]).load_state_dict(tensors, assign=True)
         model = build(info["config"]).to(device)
         model.load_state_dict(tensors)
-        if not all(t.isfinite().all() for t in model.state_dict().values()):
+        if not all(p.isfinite().all() for p in model.parameters()):     # a mask may be infinite
             raise ValueError("it holds numbers that are not finite")
     except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]

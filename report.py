@@ -51,6 +51,7 @@ def read(folder):
         metrics, arrays = json.loads(path.read_text()), path.with_name("arrays.npz")
         if arrays.exists():
             metrics["log_px"] = np.load(arrays)["log_px"].astype(float)
+        metrics["folder"] = path.parts[-3]
         found.setdefault(path.parent.name, []).append(metrics)
     if not found:
         raise ValueError(f"{folder} holds no evaluated models: give one such as results/latest")
@@ -179,7 +180,8 @@ def gain(models):
         both = [models.get(name, []) for name in names]
         found = [m for seeds in both for m in seeds if "log_px" in m and m["images"] > 1]
         alike = all(measured(m) == measured(found[0]) for m in found)
-        if not alike or not 0 < len(both[0]) == len(both[1]) == len(found) / 2:
+        plain, vamp = ([m["folder"] for m in seeds] for seeds in both)
+        if not alike or not plain == vamp or not 0 < 2 * len(plain) == len(found):
             continue
         d = np.array([vamp["log_px"] - plain["log_px"] for plain, vamp in zip(*both)])
         values = d.mean(1) if len(d) > 1 else d[0] / math.sqrt(d.size)      # (seeds,) or (N,)

@@ -60,6 +60,8 @@ class Own(models.VAE):
         self.drop, self.scale = torch.nn.Dropout(), torch.tensor(2.0)
         self.gain = torch.nn.Parameter(torch.tensor(1.0))
         self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("mask", torch.tensor(-torch.inf))
+        self.trunk = self.decoder[0]        # a second name
     def infer(self, x):
         return [[self.scale * part for part in self.encode(x)]]
     def decode(self, z):
@@ -75,6 +77,7 @@ class Own(models.VAE):
     kept = rows(whole)[info["best_epoch"] - 1]["val_elbo"]
     assert train.validate(model, data.val, 0)["val_elbo"] == pytest.approx(float(kept))
     evaluate.main([str(whole), "--samples", "9", *flags])
+    evaluate.main([str(whole), "--fit-prior", str(tmp_path / "fit"), *flags])
 
 
 @pytest.mark.parametrize("code, said", [
@@ -84,7 +87,8 @@ class Own(models.VAE):
     ("class Own(models.VAE):\n def terms(self, x, S, generator, inferred): pass", "arguments"),
     ("class Own(models.VAE):\n def generate(self, z, generator): return z", "have the shapes"),
     ("class Own(models.VAE):\n def make_layers(self, c, n):\n  super().make_layers(c, n)\n"
-     "  self.output = models.nn.Sequential(self.output)", "no attribute 'bias'")])
+     "  self.output = models.nn.Sequential(self.output)", "no attribute 'bias'"),
+    ("class Own(models.VAE):\n def make_layers(self, c, n): models.torch.ones(1).item()", "meta")])
 def test_a_class_that_does_not_fit_is_one_line(code, said, crops, tmp_path):
     (tmp_path / "own.py").write_text(f"import models\n{code}\n")
     flags = ["--likelihood", "logistic", "--model", f"{tmp_path}/own.py:Own"]
@@ -95,5 +99,5 @@ def test_a_class_that_does_not_fit_is_one_line(code, said, crops, tmp_path):
 def test_names_of_no_model_are_one_line(crops, tmp_path):
     refused(lambda: fit(tmp_path / "run", crops, "--model", "vqvae"), "vae, hvae", "FILE.py:CLASS")
     refused(lambda: fit(tmp_path / "run", crops, "--model", "none.py:Own"), "none.py")
-    np.save(tmp_path / "odd.npy", np.zeros((20, 6, 8), np.uint8))
+    np.save(tmp_path / "odd.npy", np.ones((20, 6, 8), np.uint8))
     refused(lambda: fit(tmp_path / "run", tmp_path / "odd.npy", *CONV), "divisible by 4")

@@ -227,7 +227,8 @@ def test_the_recipes_of_results(tmp_path, monkeypatch):
     (OWN | {"x_val": GREY[:0]}, "(0, 6, 5)"), (OWN | {"x_test": GREY[:, :5]}, "(40, 5, 5)"),
     (OWN | {"y_train": Y[:25]}, "no array 'y_test'"), (OWN | {"x": GREY}, "leave out others"),
     ({"x_train": GREY, "x_valid": GREY, "x_test": GREY}, "leave out others"),
-    ({"x": GREY, "y": np.eye(40)}, "(32, 40)")])
+    ({"x": GREY, "y": np.eye(40)}, "(32, 40)"), ({"x": FLOAT / 255}, "save (x - "),
+    (OWN | {"x_val": GREY // 255}, "scale")])
 def test_foreign_arrays_are_one_line(tmp_path, arrays, words):
     np.savez(tmp_path / "own.npz", **arrays)
     refused(lambda: data.main(["--dataset", f"{tmp_path}/own.npz"]), "own.npz: ", words)

@@ -104,6 +104,7 @@ def test_what_is_no_pixel_is_refused(x):
     for log_px, parameters in ((log_bernoulli, 2), (models.logistic_pixels, 4)):
         with pytest.raises(ValueError, match=r"expected \[0, 1\]"):
             log_px(torch.tensor(x), torch.zeros(parameters))
+        log_px(torch.tensor([-1e-7, 1 + 1e-7]), torch.zeros(parameters))    # rounding is allowed
 
 
 def test_float32_error_of_log_mixture():
@@ -216,6 +217,8 @@ def test_pseudo_inputs_stay_inside_their_bounds():
     beyond = torch.tensor([[-1.0, 2.0]])
     with pytest.raises(ValueError, match="from -1 to 2 are beyond bounds.*None"):
         VampPrior(None, beyond)
+    white = (torch.ones(1, 2) - 0.1307) / 0.3081        # rounds to more than float64's white
+    VampPrior(None, white, bounds=(-0.1307 / 0.3081, (1 - 0.1307) / 0.3081))
     prior = VampPrior(None, beyond, bounds=None)
     prior.project_()
     assert prior.u.tolist() == [[-1.0, 2.0]]

@@ -243,7 +243,8 @@ def test_a_run_can_start_from_trained_weights(whole, digits, tmp_path):
     kept, found = (load(out)[0].state_dict() for out in (
         whole, fit(tmp_path / "run", digits, "--init-from", whole, "--lr", 0)))
     assert all(torch.equal(kept[name], found[name]) for name in kept)
-    refused(lambda: fit(tmp_path / "other", digits, "--init-from", whole, "--hidden", 8), "another")
+    refused(lambda: fit(tmp_path / "other", digits, "--init-from", whole, "--hidden", 8),
+            "another hidden")
     assert not (tmp_path / "other").exists()
 
 

@@ -139,6 +139,8 @@ def check_own_model(config):
     """ValueError if a model of the user's own lacks a method, or if its shapes do not fit."""
     x = torch.zeros(2, config.x_dim)
     try:
+        with torch.device("meta"):      # as files.load_model does
+            build(config)
         model = build(config)
         terms = model.terms(x, 3, None, model.infer(x), model.prior.frozen(), True).values()
         found = [tuple(t.shape) for t in (*terms, model.sample(3), model.reconstruct(x))]
@@ -233,7 +235,9 @@ def start(args, config, data):
     if args.init_from:
         trained, _ = files.load_model(Path(args.init_from) / "model.safetensors", build)
         if trained.config != config:
-            raise ValueError(f"{args.init_from} holds another model, {trained.config}")
+            old = vars(trained.config)
+            other = ", ".join(key for key in old if old[key] != vars(config)[key])
+            raise ValueError(f"{args.init_from} was trained with another {other}")
         model.load_state_dict(trained.state_dict())
     model.to(args.device)
     if config.prior == "vamp" and parallel.size() > 1:
