@@ -26,7 +26,7 @@ import train
 from test_train import HERE, TINY, assert_same_run, fit, rows, words
 
 FEW = ["--epochs", "3", "--batch-size", "300", "--warmup", "1"]
-# model, prior, K, precision, images of the last batch; of one image two processes have none
+# model, prior, K, precision, images of the last batch: of one, two processes get none
 CELLS = [*[(model, prior, 7, "float32", 11) for model in models.MODELS for prior in models.PRIORS],
          ("vae", "vamp", 7, "float32", 1), ("hvae", "vamp", 1, "float32", 11),
          ("vae", "vamp", 7, "bfloat16", 11)]

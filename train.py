@@ -24,8 +24,8 @@ import files
 import parallel
 from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_parameters
 
-# Values of the recipe's flags where none is given. STATIC, for black-and-white images, and SMALL
-# and TINY, for few images, replace some of them.
+# Defaults of the recipe's flags. STATIC, for black-and-white images, and SMALL and TINY, for few
+# images, replace some of them.
 DEFAULT = dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996, weight_decay=0.08,
                pseudo_inputs=500)
 RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
