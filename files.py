@@ -3,7 +3,6 @@
 Importing this does not import torch.
 """
 import argparse
-import functools
 import importlib.util
 import io
 import json
@@ -114,7 +113,6 @@ def friendly(main):
 
     Ctrl-C ends a script at once and without a word, which is safe: files are whole or absent.
     """
-    @functools.wraps(main)
     def wrapped(*args):
         if not args:        # a notebook, which gives arguments, keeps its own Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_DFL)
