@@ -102,6 +102,7 @@ def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, cli
     for epoch in range(1, epochs + 1):
         noise = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         order = torch.randperm(len(data.train), generator=noise)
+        torch.manual_seed(torch.randint(2**32, (1,), generator=noise).item())
         row = {"beta": min(1, epoch / warmup), "train_elbo": 0, "grad_norm": 0}
         for index in order.split(batch):
             step += 1
@@ -110,8 +111,7 @@ def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, cli
             for group in adam.param_groups:
                 group["lr"] = row["lr"]
             grey = data.train[index]
-            x = datasets.binarise(grey, noise)
-            parts = model.terms(x, generator=noise, path_gradient=path)
+            parts = model.terms(datasets.binarise(grey), path_gradient=path)
             loss = (row["beta"] * parts["kl"] - parts["recon"]).mean()
             adam.zero_grad()
             loss.backward()

@@ -5,8 +5,9 @@
     torchrun --standalone --nproc-per-node 2 train.py --prior vamp --out DIR
 
 Writes config.json, log.csv (a row per epoch), last.pt (to resume) and, at the end,
-model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
-these stay the same, a resumed run on the same machine ends with the bits of an unbroken one.
+model.safetensors. The noise of an epoch depends on seed, epoch, device, number of processes and
+--compile. If these stay the same, a resumed run on the same machine ends with the bits of an
+unbroken one.
 """
 import argparse
 import dataclasses
@@ -324,10 +325,10 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=device)
-    if parallel.size() > 1:     # the order is the same for all, the noise each process's own
-        seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=device)
-        generator.manual_seed(seeds[parallel.rank()].item())
-    torch.manual_seed(generator.initial_seed())     # for dropout in a model of your own
+    # the order is the same for all processes, the noise each one's own. It comes from torch's own
+    # generator: torch.compile breaks the graph at any other
+    seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=device)
+    torch.manual_seed(seeds[parallel.rank()].item())
     batches = order.split(args.batch_size)
     sums, norms = {}, 0
     for step, index in enumerate(batches):
@@ -337,7 +338,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
         for group in run.optimizer.param_groups:
             group["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16"):
-            terms = net(data.batch(parallel.share(index), generator), generator=generator,
+            terms = net(data.batch(parallel.share(index)),
                         path_gradient=not args.full_gradient)       # {name: (1, B)}
         loss = (beta * terms["kl"] - terms["recon"]).sum() / len(index)
         run.optimizer.zero_grad()
