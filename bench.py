@@ -143,7 +143,7 @@ def step(quick, rates):
         run, other = train.start(args, config, data), train.start(args, config, data)
         form = other.model
         if compiles:
-            run.model.compile(dynamic=False)
+            run.model.compile(**train.COMPILED)
         adam = torch.optim.Adam(form.parameters(), lr=1e-4)
 
         def plain_step():

@@ -5,9 +5,8 @@
     torchrun --standalone --nproc-per-node 2 train.py --prior vamp --out DIR
 
 Writes config.json, log.csv (a row per epoch), last.pt (to resume) and, at the end,
-model.safetensors. The noise of an epoch depends on seed, epoch, device, number of processes and
---compile. If these stay the same, a resumed run on the same machine ends with the bits of an
-unbroken one.
+model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
+these stay the same, a resumed run on the same machine ends with the bits of an unbroken one.
 """
 import argparse
 import dataclasses
@@ -40,6 +39,7 @@ LOWEST = {"epochs": 1, "batch_size": 1, "lr": 0, "warmup": 0, "ema": 0, "weight_
 STATEFUL = "model", "average", "optimizer"      # parts of a Run that have a state_dict
 FEW, MANY = 3_000, 10_000       # below these numbers of images TINY, or SMALL, is the recipe
 COMPILE_FROM = 5_000            # steps of a training; in fewer, compiling costs more than it saves
+COMPILED = dict(dynamic=False, options={"fallback_random": True})   # the noise of eager code
 
 
 # ------------------------------------------------------------------------------------ arguments
@@ -413,7 +413,7 @@ def main(argv=None):
             files.say(f"{out.name}: trained already")
         return
     if args.compile == "on":
-        run.model.compile(dynamic=False)
+        run.model.compile(**COMPILED)
     if (out / "last.pt").exists():
         run.restore(torch.load(out / "last.pt", args.device, weights_only=True))
     train(run, args, data, out)
