@@ -279,6 +279,11 @@ def learning_rate(args, progress):
     return args.lr * (1 - (progress - rise) / (1 - rise))
 
 
+def precision(args):
+    """Where the products of a step and of validation have --precision."""
+    return torch.autocast(args.device, torch.bfloat16, args.precision == "bfloat16")
+
+
 def add_up(sums, terms):
     """Adds each term's sum to `sums` under the term's name. No step waits for a GPU's numbers."""
     for name, value in terms.items():
@@ -296,7 +301,7 @@ def columns(split, sums, count):
 @torch.no_grad()
 def validate(model, x, seed):
     """The val_ columns at beta = 1, one sample an image; its noise depends on seed and place."""
-    sums, prior, generator = {}, model.prior.frozen(), torch.Generator(x.device)
+    sums, prior, generator = {}, model.prior.frozen().centered(), torch.Generator(x.device)
     for i, part in enumerate(x.split(1000)):
         if i % parallel.size() == parallel.rank():
             generator.manual_seed(seed + i * 1_000_003)
@@ -337,7 +342,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
         lr = learning_rate(args, now / args.epochs)
         for group in run.optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(device.type, torch.bfloat16, args.precision == "bfloat16"):
+        with precision(args):
             terms = net(data.batch(parallel.share(index)),
                         path_gradient=not args.full_gradient)       # {name: (1, B)}
         loss = (beta * terms["kl"] - terms["recon"]).sum() / len(index)
@@ -367,7 +372,8 @@ def train(run, args, data, out):
             net = DistributedDataParallel(run.model) if parallel.size() > 1 else run.model
             began = time.perf_counter()
             row = {"epoch": run.epoch + 1, **train_epoch(run, net, args, data, bar.update)}
-            row |= validate(run.average, data.val, args.seed)
+            with precision(args):
+                row |= validate(run.average, data.val, args.seed)
             row["seconds"] = time.perf_counter() - began
             run.history.append(row)
             if row["beta"] == 1 and row["val_elbo"] > run.best_elbo:
