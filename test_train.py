@@ -164,14 +164,16 @@ def images_of(name, n=50_000, n_pixels=784):
 
 @pytest.mark.parametrize("flags, n_train, name, n_pixels, own", [
     ("", 50_000, "mnist", 784, {"compile": "on"}), ("--recipe long", 10_000, "mnist", 784, {}),
-    ("", 9_999, "a", 784, train.SMALL), ("", 3_000, "a", 9, train.SMALL | {"compile": "off"}),
+    ("--model hvae", 50_000, "a", 784, {"lr": 0.006}), ("", 9_999, "a", 784, train.SMALL),
+    ("--model hvae", 3_000, "a", 9, train.SMALL | {"compile": "off"}),
     ("", 2_999, "mnist", 784, train.TINY), ("--recipe long", 50_000, "static", 784, train.STATIC),
     ("--model hvae", 50_000, "static", 784, train.STATIC | {"lr": 0.006}),
     ("--model hvae", 2_999, "mnist", 560, train.TINY | {"lr": 0.0015}),
     ("", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
+    ("--model hvae", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
     ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),
-    ("--epochs 9", 50_000, "mnist", 784, {"epochs": 9, "warmup": 4, "compile": "off"}),
+    ("--epochs 7", 50_000, "mnist", 784, {"epochs": 7, "warmup": 3, "compile": "off"}),
     ("--compile off", 50_000, "mnist", 784, {"compile": "off"})])
 def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, name, n_pixels, own):
     args = train.parse_args([*flags.split(), "--ema", "0.5"])

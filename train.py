@@ -26,7 +26,7 @@ from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_paramete
 
 # Defaults of the recipe's flags. STATIC, for black-and-white images, and SMALL and TINY, for few
 # images, replace some of them.
-DEFAULT = dict(epochs=340, batch_size=1000, lr=1.2e-2, warmup=20, ema=0.996, weight_decay=0.08,
+DEFAULT = dict(epochs=280, batch_size=1000, lr=1.2e-2, warmup=5, ema=0.996, weight_decay=0.08,
                pseudo_inputs=500)
 RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
 STATIC = dict(epochs=100, warmup=20, weight_decay=0.16)
@@ -103,16 +103,18 @@ def parse_args(argv=None):
 def apply_recipe(args, data):
     """The flags, with the recipe's values where none was given. ValueError if one is too low."""
     values, (n_train, n_pixels) = dict(RECIPES[args.recipe]), data.train.shape
-    divisor = 2 if args.model == "hvae" else 1      # the full rate is too high for two layers
+    halved = args.model == "hvae"       # the full rate is too high for two layers
     if n_train < FEW:
-        values |= TINY | {"lr": TINY["lr"] / divisor}
+        values |= TINY
     elif n_train < MANY:
         values |= SMALL
+        halved = False              # it is low enough
     elif data.binarize == "none" and args.likelihood == "bernoulli":    # black-and-white images
-        values |= STATIC | {"lr": values["lr"] / divisor}
+        values |= STATIC
     elif data.name == "fashion" and args.likelihood == "bernoulli":
-        values["lr"] /= 2           # a precaution: both rates gave the HVAE the same ELBO
         values["weight_decay"] *= 2
+        halved = True               # a precaution: both rates gave the HVAE the same ELBO
+    values["lr"] /= 2 if halved else 1
     # a step changes the first layer's sums in proportion to the rate and to the number of pixels
     values["lr"] = min(values["lr"], RECIPES["default"]["lr"] * (784 / n_pixels))
     given = vars(args)
@@ -330,8 +332,7 @@ def train_epoch(run, net, args, data, tick=lambda: None):
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
     order = torch.randperm(len(data.train), generator=generator, device=device)
-    # the order is the same for all processes, the noise each one's own. It comes from torch's own
-    # generator: torch.compile breaks the graph at any other
+    # the noise, each process's own, is of torch's generator: at others a compiled graph breaks
     seeds = torch.randint(2**32, (parallel.size(),), generator=generator, device=device)
     torch.manual_seed(seeds[parallel.rank()].item())
     batches = order.split(args.batch_size)
