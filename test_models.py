@@ -253,7 +253,7 @@ def test_terms_of_models_of_any_size_equal_the_plain_form_with_gradients(model, 
 
 @pytest.mark.parametrize("model, prior", [("vae", "standard"), ("vae", "vamp"), ("hvae", "vamp")])
 def test_compiled_terms_are_the_same(model, prior):
-    """The lines for compiled code are taken; a C++ compiler is not needed."""
+    """As one graph; a C++ compiler is not needed."""
     ours, x = small(model, prior).double(), uniform(0, 1, 4, 6).round()
     torch.manual_seed(3)
     plain = ours.terms(x)
@@ -262,6 +262,18 @@ def test_compiled_terms_are_the_same(model, prior):
     compiled, parameters = ours(x), list(ours.parameters())
     for name in plain:
         assert_same(compiled[name], plain[name], parameters)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_autocast_does_not_touch_the_mixture_and_its_gradients(backend):
+    inputs = [t.float().requires_grad_() for t in (randn(50, 8), randn(30, 8, seed=1),
+                                                   uniform(-3, -1, 30, 8))]
+    density = torch.compile(lambda z, *q: models.CenteredMixture(*q).log_prob(z), backend=backend)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = density(*inputs)
+    exact = bench.plain_mixture(*inputs)
+    for a, b in zip([found, *gradients(found, inputs)], [exact, *gradients(exact, inputs)]):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 
 
 @each_cell
