@@ -303,7 +303,7 @@ def columns(split, sums, count):
 @torch.no_grad()
 def validate(model, x, seed):
     """The val_ columns at beta = 1, one sample an image; its noise depends on seed and place."""
-    sums, prior, generator = {}, model.prior.frozen().centered(), torch.Generator(x.device)
+    sums, prior, generator = {}, model.prior.centered(), torch.Generator(x.device)
     for i, part in enumerate(x.split(1000)):
         if i % parallel.size() == parallel.rank():
             generator.manual_seed(seed + i * 1_000_003)
