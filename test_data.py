@@ -90,12 +90,9 @@ def test_protocol_on_the_real_mnist():
     assert loaded.sha256 == REAL_SHA256
 
 
-def test_training_images_by_binarisation(made, tmp_path):
-    grey, every = made[1][0][:-10_000].reshape(-1, 784) / np.float32(255), torch.arange(20)
-    dynamic, none = (data.load("mnist", made[0], mode).batch for mode in ("dynamic", "none"))
-    one, other = (dynamic(every, torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    assert not torch.equal(one, other) and one.unique().tolist() == [0, 1]
-    assert np.array_equal(none(every), grey)
+def test_which_images_are_binarised(tmp_path):
+    floats = own(tmp_path, "dynamic", x=FLOAT)
+    assert 0.3 < (torch.cat([floats.val, floats.test]) == 255).double().mean() < 0.7
     assert own(tmp_path, "dynamic", x=BITS).binarize == "none"      # it is static
     mixed = own(tmp_path, "dynamic", **OWN | {"x_train": BITS[:25]})
     assert mixed.binarize == "dynamic" and data.is_binary(mixed.test)
@@ -104,9 +101,12 @@ def test_training_images_by_binarisation(made, tmp_path):
 @pytest.mark.parametrize("scale", [1, 255])     # uint8 as it is, floats
 def test_binarise_is_exact(scale):
     x = torch.tensor([0, 255, 128, 1, 254], dtype=torch.uint8).repeat(1_000_001, 1)
-    drawn = data.binarise(x if scale == 1 else x / scale, torch.Generator().manual_seed(0))
-    mean, p = drawn.double().mean(0), x[0].double() / 255
+    x, p = x if scale == 1 else x / scale, x[0].double() / 255
+    drawn = data.binarise(x, torch.Generator().manual_seed(0))
+    mean = drawn.double().mean(0)
     assert ((mean - p).abs() <= 5 * (p * (1 - p) / len(x)).sqrt()).all()
+    four = data.binarise(x[:100_000, 2:3].expand(-1, 4), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(four.T.corrcoef(), torch.eye(4), rtol=0, atol=0.02)
 
 
 def test_sha256_is_of_the_grey_splits(tmp_path):

@@ -76,15 +76,13 @@ def test_likelihood_equals_the_plain_estimate(kind, n, request, monkeypatch):
             torch.testing.assert_close(ours[name][i:i + n], value, rtol=1e-7, atol=2e-4)
 
 
-def test_likelihood_does_not_depend_on_threads(hwhole):
-    model, _, data, _ = evaluate.load_run(hwhole)
-    before, found = torch.get_num_threads(), []
-    for threads in (1, 3):
+def test_likelihood_does_not_depend_on_threads_and_is_in_the_record(hwhole, record):
+    (model, _, data, _), found = evaluate.load_run(hwhole), []
+    for threads in (3, 1):
         torch.set_num_threads(threads)
-        found.append(evaluate.log_likelihood(model, data.test, 64, seeded(0)))
+        found.append(evaluate.log_likelihood(model, data.test, 20, seeded(0)))
         assert torch.get_num_threads() == threads
-    torch.set_num_threads(before)
-    assert torch.equal(*found)
+    assert torch.equal(*found) and np.array_equal(record[1]["log_px"], found[0].float())
 
 
 def test_images_of_other_types_mean_the_same_or_are_refused(whole):
@@ -143,6 +141,8 @@ def test_pictures_show_what_they_are_named_for(hwhole):
     assert torch.equal(got["images"], datasets.pixels(data.test[evaluate.some(12, 5)]))
     assert torch.equal(got["reconstructions"], model.reconstruct(got["images"]))
     assert torch.equal(got["samples"], model.sample(64, noise))
+    _, arrays = evaluate.latent_statistics(model, data.test, noise)
+    assert torch.equal(arrays["latent_means"], model.encode(datasets.pixels(data.test))[0])
     train, samples = datasets.pixels(data.train), got["samples"][:16]
     for name, images in (("reconstruction", got["reconstructions"]), ("sample", samples)):
         distance, index = (images[:, None] - train).square().sum(-1).sqrt().min(1)
@@ -204,7 +204,7 @@ def test_the_fitted_prior_is_the_density_of_draws_from_the_posteriors():
     codes = models.draw_normal(centers[labels], torch.full((2,), 0.25).log(), seeded(1))
     model = SimpleNamespace(config=models.Config("vae", "standard"), encode=lambda x: (
         x, torch.full_like(x, 2.0).log()))
-    data = datasets.Data("", (1, 2), codes[:4000], codes[4000:5000], codes[5000:], {}, "none", "")
+    data = datasets.Data("", (1, 2), codes[:4000], codes[4000:5000], 9 * codes, {}, "none", "")
     evaluate.fit_prior(model, data, seeded(2))
     z = models.draw_normal(codes[5000:], torch.full((2,), 2.0).log(), seeded(3))
     exact = models.log_mixture(z, centers, torch.full_like(centers, 2.25).log(),

@@ -79,10 +79,10 @@ def test_make_refuses_in_one_line_and_leaves_files_as_they_were(made, digits, wo
     ("paper SEEDS=1 SAMPLES=9 MODELS=vamp", "evaluate.py .*-paper/seed1/vamp .*--samples 9 "),
     ("vae PROCS=2 DATA_DIR=d", r"run .* 2 train.py .*--data-dir d .* results/\d{8}-\d{6}/vae "),
     ("paper SEEDS=1 MODEL=my.py:Net", "(?s)^(?!.*hvae).*-paper/seed1/fit "),
-    ("vamp MODEL=my.py:Net", "train.py --model my.py:Net +--prior vamp .*--out results/.*/vamp "),
-    ("vae MODEL=my.py:Net", "evaluate.py results/.*/vae --model my.py:Net "),
-    ("fit DATASET=d.npz", "(?s)--fit-prior .*/fit +--dataset d.npz .*/fit +--dataset d.npz "),
-    ("fit", r"(?s)evaluate.py (results/[\d-]+)/vae --fit-prior \1/fit .*evaluate.py \1/fit "),
+    ("vamp MODEL=my.py:Net", r"(?s)train.py --model my.py:Net +--prior vamp .*--out (results/.*?) "
+                             r".*evaluate.py \1 --model my.py:Net "),
+    ("fit DATASET=d.npz", r"(?s)evaluate.py (results/[\d-]+)/vae --fit-prior \1/fit +--dataset "
+                          r"d.npz .*evaluate.py \1/fit +--dataset d.npz "),
     ("models RUN=a MODELS=fit", "(?s)train.py .* --out a/vae .*--fit-prior a/fit .*plot.py a/fit"),
     ("all RUN=a/latest", r"\[ latest = latest \] \|\| ln")])
 def test_the_commands_of_make(words, said):

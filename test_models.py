@@ -96,7 +96,6 @@ def test_log_mixture_equals_torch_distributions(monkeypatch, tile, less, lead, K
     inputs = reach * randn(*lead, D), reach * randn(K, D, seed=1), uniform(-6, 2, K, D, seed=2)
     inputs = [t.requires_grad_() for t in (*inputs, logits)]
     assert_same(log_mixture(*inputs[:3], logits.log_softmax(0)), mixture(*inputs), inputs)
-    assert_same(log_mixture(*inputs[:3]), mixture(*inputs[:3]), inputs[:3])     # equal weights
 
 
 @pytest.mark.parametrize("x", [[255.0, 0.0], [-0.1, 1.0], [math.nan, 0.5]])
@@ -185,7 +184,7 @@ def vamp_prior(learned):
 @pytest.mark.parametrize("prior", [
     StandardPrior(3).double(), vamp_prior(False), vamp_prior(True),
     *(MixturePrior(3 * randn(6, 3), randn(6, 3, seed=1), logits) for logits in (None, randn(6)))])
-def test_samples_and_the_frozen_prior_belong_to_the_density(prior):
+def test_samples_belong_to_the_density(prior):
     mu, logvar = torch.zeros(2, 1, 3).double()
     if not isinstance(prior, StandardPrior):
         mu, logvar = prior.components()
@@ -200,10 +199,6 @@ def test_samples_and_the_frozen_prior_belong_to_the_density(prior):
     assert ((draws.mean(0) - mean).abs() <= 5 * (covariance.diag() / n).sqrt()).all()
     products = (draws - mean)[:, :, None] * (draws - mean)[:, None, :]
     assert ((products.mean(0) - covariance).abs() <= 5 * products.std(0) / math.sqrt(n)).all()
-    frozen = prior.frozen()
-    assert torch.equal(frozen.log_prob(z), prior.log_prob(z))
-    assert torch.equal(frozen.sample(n, seeded(5)), draws)
-    assert not any(p.requires_grad for p in frozen.parameters())
 
 
 def test_pseudo_inputs_stay_inside_their_bounds():
@@ -245,8 +240,6 @@ def test_terms_of_models_of_any_size_equal_the_plain_form_with_gradients(model, 
     assert parts.keys() == theirs.keys()
     for name in parts:
         assert_same(parts[name], theirs[name], list(ours.parameters()))
-    log_w = ours.log_weights(x, S, seeded(seed))
-    assert log_w.shape == (S, B) and torch.equal(log_w, parts["recon"] - parts["kl"])
     kept = ours.terms(x, S, seeded(seed), ours.infer(x), ours.prior.frozen())
     assert all(torch.equal(kept[name], parts[name]) for name in parts)
 
@@ -286,8 +279,9 @@ def test_path_gradient_is_the_gradient_less_the_score(model, prior):
 
 
 @each_cell
-def test_densities_and_latents_stay_float32_under_autocast(model, prior):
-    ours, x = small(model, prior), uniform(0, 1, 4, 6).round().float()
+@pytest.mark.parametrize("likelihood", models.LIKELIHOODS)
+def test_densities_and_latents_stay_float32_under_autocast(model, prior, likelihood):
+    ours, x = small(model, prior, likelihood=likelihood), uniform(0, 1, 4, 6).round().float()
     with torch.autocast("cpu", torch.bfloat16):
         terms, latents = ours.terms(x), ours.encode(x)
     assert all(value.dtype == torch.float32 for value in (*terms.values(), *latents))
@@ -297,15 +291,15 @@ def test_densities_and_latents_stay_float32_under_autocast(model, prior):
 @pytest.mark.parametrize("prior, more", [("standard", 0), ("vamp", 500 * 784), ("mog", 1000 * 40)])
 def test_parameter_counts_and_first_values_are_the_papers(model, count, prior, more):
     torch.manual_seed(0)
-    ours, mean = build(Config(model, prior)), torch.linspace(0, 1, 784)
+    ours = build(Config(model, prior))
     assert sum(p.numel() for p in ours.parameters()) == count + more
     for name, p in ours.named_parameters():
         if name == "prior.u":
             assert p.mean().item() == pytest.approx(0.05, rel=0.01) and 0.009 < p.std() < 0.011
         elif name.endswith("weight"):       # 12,000 or more
             assert p.std().item() == pytest.approx(math.sqrt(2 / p.shape[1]), rel=0.03)
-    ours.set_output_bias(mean)      # some pixels are always black
-    torch.testing.assert_close(ours.output.bias.sigmoid(), mean.clamp(0.01, 0.99))
+        elif name == "prior.mu":            # equal components would stay equal
+            assert p.std().item() == pytest.approx(1, rel=0.03)
 
 
 @each_cell

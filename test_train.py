@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 import data as datasets
 import files
@@ -214,18 +214,20 @@ def test_bfloat16_changes_digits_but_not_the_training(digits, whole, tmp_path):
 
 
 def test_the_best_epoch_is_kept_and_patience_counts_from_it(digits, tmp_path, monkeypatch):
-    elbo, averages = iter([-1, -9, -5, -4, -6, -6, -6, -6]), []     # beta is 1 from epoch 2 on
+    elbo, averages = iter([-1, -1, -1, -9, -5, -4, -6, -6, -6, -6]), []
 
     def validate(model, x, seed):
         averages.append(copy.deepcopy(model.state_dict()))
+        with pytest.raises(Timeout):        # no other process may write this folder
+            FileLock(tmp_path / "run/.lock").acquire(timeout=0)
         return {"val_elbo": next(elbo)}
     monkeypatch.setattr(train, "validate", validate)
-    flags = ["--epochs", 20, "--patience", 3]       # killed after epoch 5
-    killed_at(3 + 8 * 5, tmp_path / "run", digits, monkeypatch, *flags)
+    flags = ["--epochs", 20, "--warmup", 4, "--patience", 3]        # killed after epoch 7
+    killed_at(3 + 8 * 7, tmp_path / "run", digits, monkeypatch, *flags)
     out = fit(tmp_path / "run", digits, *flags, "--resume")
     model, info = load(out)
-    assert info["best_epoch"] == 4 and info["epochs"] == len(rows(out)) == 7
-    assert all(torch.equal(p, averages[3][name]) for name, p in model.state_dict().items())
+    assert info["best_epoch"] == 6 and info["epochs"] == len(rows(out)) == 9
+    assert all(torch.equal(p, averages[5][name]) for name, p in model.state_dict().items())
 
 
 def test_pseudo_inputs_and_bias_start_at_the_grey_images(digits, monkeypatch):
@@ -243,7 +245,7 @@ def test_pseudo_inputs_and_bias_start_at_the_grey_images(digits, monkeypatch):
 
 def test_a_run_can_start_from_trained_weights(whole, digits, tmp_path):
     kept, found = (load(out)[0].state_dict() for out in (
-        whole, fit(tmp_path / "run", digits, "--init-from", whole, "--lr", 0)))
+        whole, fit(tmp_path / "run", digits, "--init-from", whole, "--lr", 0, "--warmup", 0)))
     assert all(torch.equal(kept[name], found[name]) for name in kept)
     refused(lambda: fit(tmp_path / "other", digits, "--init-from", whole, "--hidden", 8),
             "another hidden")
@@ -286,6 +288,7 @@ def test_a_run_killed_at_any_step_of_a_write_resumes(moment, digits, tmp_path, m
     killed_at(moment, tmp_path / "run", digits, monkeypatch, *flags)
     fit(tmp_path / "run", digits, *flags, "--resume")
     assert_same_run(fit(tmp_path / "whole", digits, *flags), tmp_path / "run")
+    assert prior == "standard" or load(tmp_path / "run")[0].prior.weight_logits.std() > 0
 
 
 def test_ctrl_c_ends_at_once_without_a_traceback(digits, tmp_path):
