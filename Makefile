@@ -113,11 +113,9 @@ bench: $(ENV)  ## times each piece beside its plain form
 	$(PYTHON) bench.py --out assets/bench.json
 docs: $(ENV)  ## renews the table of README.md and the reports in assets/
 	@$(PYTHON) report.py --readme README.md
-PYTEST = OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile
-test: $(ENV)  ## the fast tests
-	@$(PYTEST) -k "not slow"
-test-all: $(ENV)  ## the slow tests too
-	@$(PYTEST)
+test test-all: $(ENV)  ## the fast tests; test-all: the slow ones, too
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -n $(CORES) --dist loadfile \
+	  $(if $(filter test,$@),-k "not slow")
 clean:  ## caches and quick runs
 	rm -rf __pycache__ .pytest_cache results/*-quick
 	[ -e results/latest ] || rm -f results/latest

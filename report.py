@@ -51,7 +51,6 @@ def read(folder):
         metrics, arrays = json.loads(path.read_text()), path.with_name("arrays.npz")
         if arrays.exists():
             metrics["log_px"] = np.load(arrays)["log_px"].astype(float)
-        metrics["folder"] = path.parts[-3]
         found.setdefault(path.parent.name, []).append(metrics)
     if not found:
         raise ValueError(f"{folder} holds no evaluated models: give one such as results/latest")
@@ -61,18 +60,13 @@ def read(folder):
 # --------------------------------------------------------------------------------------- tables
 
 
-def digits(key):
-    """Decimals with which a quantity is printed."""
-    return 3 if key == "bits_per_dim" else 2
-
-
 def cell(seeds, key):
     """Mean ± spread of one quantity, "-" where it was not measured."""
     values = [m[key]["mean"] for m in seeds if key in m]
     if not values:
         return "-"
     spread = stdev(values) if len(values) > 1 else seeds[0][key]["se"]
-    return plot.plus_minus(fmean(values), spread, digits(key))
+    return plot.plus_minus(fmean(values), spread, 3 if key == "bits_per_dim" else 2)
 
 
 def seeds_as_one(seeds):
@@ -113,10 +107,9 @@ def results(models):
     everything = [measured(m) for seeds in models.values() for m in seeds]
     alike = everything.count(everything[0]) == len(everything)
     for title, (key, best) in COLUMNS.items():
-        means = {name: round(fmean(m[key]["mean"] for m in seeds), digits(key))
-                 for name, seeds in models.items() if all(key in m for m in seeds)}
-        for name, seeds in models.items():
-            text = cell(seeds, key)
+        texts = {name: cell(seeds, key) for name, seeds in models.items()}
+        means = {name: float(text.split()[0]) for name, text in texts.items() if text != "-"}
+        for name, text in texts.items():
             if alike and best and len(means) > 1 and means.get(name) == best(means.values()):
                 text = f"**{text}**"
             rows[name][title] = text
@@ -177,13 +170,12 @@ def gain(models):
     """What the VampPrior gains in NLL over another prior, image by image; ± as in the tables."""
     lines = []
     for names in (("vae", "vamp"), ("fit", "vamp"), ("hvae", "hvamp")):
-        both = [models.get(name, []) for name in names]
-        found = [m for seeds in both for m in seeds if "log_px" in m and m["images"] > 1]
+        plain, vamp = (models.get(name, []) for name in names)
+        found = [m for m in plain + vamp if "log_px" in m and m["images"] > 1]
         alike = all(measured(m) == measured(found[0]) for m in found)
-        plain, vamp = ([m["folder"] for m in seeds] for seeds in both)
-        if not alike or not plain == vamp or not 0 < 2 * len(plain) == len(found):
+        if not alike or not 0 < 2 * len(plain) == 2 * len(vamp) == len(found):
             continue
-        d = np.array([vamp["log_px"] - plain["log_px"] for plain, vamp in zip(*both)])
+        d = np.array([two["log_px"] - one["log_px"] for one, two in zip(plain, vamp)])
         values = d.mean(1) if len(d) > 1 else d[0] / math.sqrt(d.size)      # (seeds,) or (N,)
         lines.append(f"The NLL of {found[-1]['label']} is {abs(d.mean()):.2f} ± "
                      f"{values.std(ddof=1):.2f} nats {'lower' if d.mean() > 0 else 'higher'} than "

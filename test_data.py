@@ -123,21 +123,21 @@ def test_slow_the_package_index_has_the_real_mnist(tmp_path):
     assert data.load("mnist", tmp_path).sha256 == REAL_SHA256
 
 
-@pytest.mark.parametrize("pickled, reason", [(None, "no route"), (BOMB, "mnist.pkl.gz is wrong")])
+@pytest.mark.parametrize("pickled, reason", [
+    (None, "(no route): put its files into new/MNIST/raw"), (BOMB, "mnist.pkl.gz is wrong")])
 def test_a_failed_download_can_be_repeated(made, tmp_path, monkeypatch, pickled, reason):
     """The mirror's third file is damaged. The wheel cannot be had, or is not the right one."""
     monkeypatch.chdir(tmp_path)
     server = ThreadingHTTPServer(("localhost", 0), SimpleHTTPRequestHandler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    mirror, raw, sums = f"http://localhost:{server.server_port}/", Path("new/MNIST/raw"), []
+    mirror, sums = f"http://localhost:{server.server_port}/", []
     for name in NAMES:
         content = gzip.compress((made[0] / "MNIST" / "raw" / name).read_bytes(), 0)
         Path(f"{name}.gz").write_bytes(content)
         sums.append((f"{name}.gz", hashlib.md5(content).hexdigest()))
     set_sources(monkeypatch, pickled, mirror)
     monkeypatch.setattr(MNIST, "resources", [*sums[:2], (sums[2][0], "0"), sums[3]])
-    refused(lambda: data.main(["--data-dir", "new"]), "mnist could not be downloaded", str(raw),
-            f"({mirror}: ", f"; {data.WHEEL}: ", reason)
+    refused(lambda: data.main(["--data-dir", "new"]), reason)
     assert not Path("exploded").exists()
     monkeypatch.setattr(MNIST, "resources", sums)
     check_protocol(data.load("mnist", "new"), *made[1])

@@ -130,14 +130,6 @@ def apply_recipe(args, data):
     return args
 
 
-def check_pixels(data, likelihood):
-    """ValueError if the pixels' values do not suit the likelihood."""
-    if likelihood != "bernoulli" and datasets.is_binary(data.train):
-        raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
-    if likelihood == "logistic" and data.train.dtype != torch.uint8:
-        raise ValueError(f"{data.name} has more than 256 levels: use --likelihood gaussian")
-
-
 def check_own_model(config):
     """ValueError if a model of the user's own lacks a method, or if its shapes do not fit."""
     x = torch.zeros(2, config.x_dim)
@@ -381,16 +373,13 @@ def train(run, args, data, out):
                 run.best_elbo, run.best_epoch = row["val_elbo"], run.epoch
                 run.best = {name: t.clone() for name, t in run.average.state_dict().items()}
             if parallel.is_main_process():
-                write_log(out / "log.csv", run.history)     # first, or a kill could lose a row
+                lines = [row, *(old.values() for old in run.history)]       # names, then numbers
+                text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+                files.write_atomic(out / "log.csv", text)   # first, or a kill could lose a row
                 files.write_atomic(out / "last.pt", lambda file: torch.save(run.state(), file))
             bar.set_postfix_str(f"epoch {run.epoch}, val ELBO {row['val_elbo']:.2f}", refresh=False)
     if not run.best:        # shorter than the warm-up: the last weights are all there is
         run.best, run.best_epoch = run.average.state_dict(), run.epoch
-
-
-def write_log(path, history):
-    lines = [history[0], *(row.values() for row in history)]        # names, then numbers
-    files.write_atomic(path, "".join(",".join(map(str, line)) + "\n" for line in lines))
 
 
 @files.friendly
@@ -400,7 +389,10 @@ def main(argv=None):
     parallel.start(args.device)
     data = parallel.main_first(lambda: datasets.load(
         args.dataset, args.data_dir, args.binarize, args.device))
-    check_pixels(data, args.likelihood)
+    if args.likelihood != "bernoulli" and datasets.is_binary(data.train):
+        raise ValueError(f"{data.name} is black and white: use --likelihood bernoulli")
+    if args.likelihood == "logistic" and data.train.dtype != torch.uint8:
+        raise ValueError(f"{data.name} has more than 256 levels: use --likelihood gaussian")
     args, out = apply_recipe(args, data), Path(args.out)
     done = (out / "model.safetensors").exists()
     if args.compile == "on" and not done and not can_compile(args.device):
@@ -414,10 +406,8 @@ def main(argv=None):
     run = start(args, model_config, data)
     if parallel.is_main_process():
         lock = open_run(out, config, args.resume)       # held until the end
-        files.say(f"{out.name}: {data}")
+        files.say(f"{out.name}: trained already" if done else f"{out.name}: {data}")
     if done:
-        if parallel.is_main_process():
-            files.say(f"{out.name}: trained already")
         return
     if args.compile == "on":
         run.model.compile(**COMPILED)
