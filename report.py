@@ -218,10 +218,12 @@ def by_data(assets):
     """README's table, a dict a row: our NLL and, in brackets, the published one."""
     rows = []
     for folder, title in RECORDS.items():
-        models = read(assets / folder)
-        n, samples = len(models["vae"]), models["vae"][0]["samples"]
-        row = {"Data": f"{title} ({n} seed{'s' if n > 1 else ''}, S = {samples:,})"}
-        for seeds in (models[name] for name in ("vae", "vamp", "hvae", "hvamp")):
+        found = read(assets / folder)
+        models = [found[name] for name in ("vae", "vamp", "hvae", "hvamp")]
+        n = " or ".join(map(str, sorted({len(seeds) for seeds in models})))
+        samples = models[0][0]["samples"]
+        row = {"Data": f"{title} ({n} seed{'s' if n != '1' else ''}, S = {samples:,})"}
+        for seeds in models:
             key = "bits_per_dim" if "bits_per_dim" in seeds[0] else "nll"
             row[seeds[0]["label"]] = f"{cell(seeds, key)} ({published(seeds[0])})"
         rows.append(row)

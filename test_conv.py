@@ -39,7 +39,7 @@ def test_colour_images_go_through_the_whole_pipeline(crops, tmp_path):
             "--model")
 
 
-def test_the_decoder_puts_each_channel_where_the_pixels_have_it(monkeypatch):
+def test_encoder_and_decoder_have_each_channel_where_the_pixels_have_it(monkeypatch):
     monkeypatch.setitem(models.MODELS, "own", ConvVAE)
     model = models.build(models.Config("own", x_dim=8 * 12 * 3, components=5, height=8, channels=3,
                                        likelihood="logistic"))
@@ -49,6 +49,9 @@ def test_the_decoder_puts_each_channel_where_the_pixels_have_it(monkeypatch):
     moved = (model.decode(z) - before).view(9, 2, 96, 3)
     torch.testing.assert_close(moved[:, 1, :, 2], torch.ones(9, 96))
     assert moved.sum().item() == pytest.approx(9 * 96, rel=1e-4)
+    model.encoder.body = model.encoder.head = torch.nn.Identity()
+    x = torch.rand(2, 8, 12, 3)
+    assert torch.equal(model.encode(x.flatten(1)), x.movedim(3, 1))
 
 
 def test_an_own_model_may_have_dropout_constants_buffers_and_lists(digits, tmp_path, monkeypatch):
