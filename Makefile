@@ -39,9 +39,9 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "%-10s  %s\n", $$1, $$2 }' Makefile
 	@echo 'Variables: RUN=folder (continued if it exists) MODELS="$(NAMES)" DATASET=$(DATASET)'
 	@echo '  DATA_DIR=$(DATA_DIR) RECIPE=default (or long) SEED=0 SEEDS="0 1 2" EPOCHS SAMPLES'
-	@echo '  JOBS=$(JOBS) (models at a time) THREADS=$(THREADS) (of each) PROCS=$(PROCS) (of each)'
+	@echo '  JOBS=$(JOBS) (models at a time) PROCS=$(PROCS) (processes of each) THREADS=$(THREADS) (of these)'
 	@echo '  MODEL=FILE.py:CLASS (of your own, for vae, vamp, mog and fit; see conv.py)'
-	@echo '  TRAIN_FLAGS EVAL_FLAGS (see train.py --help) PYTHON3=python3.12 PYTHON=python3 (no .venv)'
+	@echo '  TRAIN_FLAGS EVAL_FLAGS (train.py, evaluate.py --help) PYTHON3=python3.12 PYTHON=python3 (no .venv)'
 
 # No environment is made where PYTHON is an interpreter of your own.
 ENV := $(if $(filter .venv/%,$(PYTHON)),.venv/.stamp)
@@ -64,7 +64,7 @@ quick:  ## the same chain in a few minutes: two epochs, few pseudo-inputs and sa
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-quick) EPOCHS=$(or $(EPOCHS),2) SAMPLES=$(or $(SAMPLES),20) \
 	  TRAIN_FLAGS="--batch-size 100 --lr 3e-3 --pseudo-inputs 50 $(TRAIN_FLAGS)" \
 	  EVAL_FLAGS="--images 500 $(EVAL_FLAGS)"
-plane:  ## the picture at the head of the README: three priors of two latents, 20 minutes
+plane:  ## a picture as the README's first: three priors of two latents, 20 minutes
 	@$(MAKE) all RUN=$(or $(GIVEN),$(RUN)-plane) MODELS="$(or $(MODELS),vae mog vamp)" \
 	  EPOCHS=$(or $(EPOCHS),120) TRAIN_FLAGS="--z-dim 2 $(TRAIN_FLAGS)"
 
@@ -109,7 +109,7 @@ notebook: $(ENV)  ## runs main.ipynb from top to bottom
 lab: $(ENV)  ## opens main.ipynb
 	$(PYTHON) -m pip install --quiet jupyterlab
 	$(PYTHON) -m jupyterlab main.ipynb
-bench: $(ENV)  ## times each piece beside its plain form
+bench: $(ENV)  ## times each piece beside its plain form, into assets/bench.json
 	$(PYTHON) bench.py --out assets/bench.json
 docs: $(ENV)  ## renews the table of README.md and the reports in assets/
 	@$(PYTHON) report.py --readme README.md

@@ -3,7 +3,7 @@
     python data.py --dataset mnist          downloads the data and says what there is
     python data.py --dataset digits.npz     your own images: (N, D), (N, H, W) or (N, H, W, 3)
 
-Training images are drawn afresh from Bernoulli(grey) whenever they are used. Validation and test
+Binarised training images are drawn from Bernoulli(grey) whenever they are used. Validation and test
 images are drawn once, with the authors' seed, so the test set equals theirs bit for bit.
 """
 import gzip
@@ -103,7 +103,7 @@ def read_torchvision(name, folder):
 
 
 def download(name, kind, raw):
-    """Fetches the files of a torchvision class into `raw`. ValueError if no source has them."""
+    """Fetches the files of a torchvision class into `raw`."""
     print(f"downloading {name} into {raw}", file=sys.stderr)
     socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
     try:

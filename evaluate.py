@@ -5,7 +5,7 @@
     torchrun --standalone --nproc-per-node 2 evaluate.py RUN    two processes, the same numbers
     python evaluate.py results/latest/vae --fit-prior DIR       a run with another prior, in DIR
 
-Writes arrays.npz (all that plot.py draws) and metrics.json. Numbers are in nats per image.
+Writes arrays.npz (the arrays that plot.py draws) and metrics.json. Numbers are in nats per image.
 """
 import dataclasses
 import json
@@ -318,7 +318,7 @@ def main(argv=None):
     p.add_argument("--samples", type=int, default=500, metavar="S",
                    help="importance samples an image; the paper has 5000")
     p.add_argument("--fit-prior", type=Path, metavar="DIR",
-                   help="only fit a mixture of Gaussians to the training images' codes, and write "
+                   help="only fit a mixture of Gaussians to draws of the training codes, and write "
                         "the run with this prior to DIR")
     p.add_argument("--images", type=int, help="only so many of the test images, at random")
     p.add_argument("--data-dir", help="where the data lie now")

@@ -139,7 +139,7 @@ def scatter(ax, run, points, legend):
 
 
 def reconstructions(runs):
-    """Test images and their reconstructions. Black-and-white originals are one draw of their
+    """Test images and their reconstructions. Binarised originals are one draw of their
     pixels. Reconstructions are the pixels' means, and smooth for that reason."""
     n = 48 if len(runs) == 1 else 16
     blocks = []
@@ -175,7 +175,7 @@ def pseudo_inputs(runs):
 
 def neighbours(runs):
     """Samples, and below each the nearest training image. A memorised image would be equal to its
-    neighbour. Distances are Euclidean; the reconstructions are of test images."""
+    neighbour. Distances are Euclidean. For comparison: of reconstructed test images."""
     blocks = []
     for run in runs:
         far = np.median(run.arrays["sample_distance"])
@@ -230,7 +230,7 @@ def curves(runs):
 
 def tradeoff(runs):
     """Reconstruction against KL. Points: test images, with standard errors. Thin lines: validation
-    over the epochs, for a fitted mixture of its VAE. Along a grey line the ELBO is the same; up and
+    over the epochs (a fitted mixture has its VAE's). Along a grey line the ELBO is the same; up and
     to the left is better."""
     fig, (ax,) = panels(1, 6.4, 4.8)
     seen = []       # what the limits must hold: (KL, reconstruction)

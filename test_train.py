@@ -90,7 +90,7 @@ FLAGS = "--seed {seed} --lr {lr} --warmup {warmup} --ema {ema} --weight-decay {d
 
 
 def plain_training(model, data, seed, epochs, batch, lr, warmup, ema, decay, clip, path):
-    """The README's recipe without code of train.py: (log.csv's rows, each epoch's average)."""
+    """The recipe without code of train.py: (log.csv's rows, each epoch's average)."""
     u, size = model.prior.u, -(-len(data.train) // batch)
     model.output.bias.data = torch.logit((data.train / 255).mean(0).clamp(0.01, 0.99))
     average = copy.deepcopy(model)

@@ -6,7 +6,8 @@
 
 Writes config.json, log.csv (a row per epoch), last.pt (to resume) and, at the end,
 model.safetensors. The noise of an epoch depends on seed, epoch, device and number of processes. If
-these stay the same, a resumed run on the same machine ends with the bits of an unbroken one.
+these, --compile and the threads stay the same, a resumed run on the same machine ends with the bits
+of an unbroken one.
 """
 import argparse
 import dataclasses
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     for name, text in recipe.items():
         value = RECIPES["default"][name]
         add("--" + name.replace("_", "-"), type=type(value), default=argparse.SUPPRESS,
-            help=f"{text} (default: the recipe's; {value} for MNIST in the default one)")
+            help=f"{text} (default: the recipe's; {value} for a VAE of MNIST in the default one)")
     add("--full-gradient", action="store_true",
         help="keep the encoder's score in the gradient of the KL; its mean is zero, it adds noise")
     add("--clip", type=float, default=50.0, help="largest gradient norm; 0: no clipping")
@@ -78,13 +79,13 @@ def parse_args(argv=None):
         help="epochs at beta = 1 without a better validation ELBO before stopping")
     add("--seed", type=int, default=0, help="of the first weights and of all noise in training")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of training's matrix products; auto: bfloat16 where the processor has it")
+        help="of the matrix products; auto: bfloat16 where Linux says that the processor has it")
     add("--compile", choices=("auto", "on", "off"), default="auto",
         help="compile the model's terms, if there is a compiler; auto: in long trainings")
     add("--device", choices=("cpu", "cuda"), help="where to train",
         default="cuda" if torch.cuda.is_available() else "cpu")
     add("--init-from", metavar="RUN", help="start from the weights of a finished run")
-    add("--out", help="run folder (default: results/<time>/<name of the model>)")
+    add("--out", help="run folder; if none is given, results/<time>/<name of the model>")
     add("--resume", action="store_true", help="continue a run that is in --out, else start one")
     datasets.add_arguments(p)
     args = p.parse_args(argv)
@@ -158,7 +159,7 @@ def can_compile(device):
 
 
 def has_bfloat16(device):
-    """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, Armv8.6, GPUs from Ampere)."""
+    """Whether bfloat16 products are fast: on GPUs from Ampere, on a CPU that says so to Linux."""
     if device.startswith("cuda"):
         return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (8, 0)
     cpuinfo = Path("/proc/cpuinfo")
@@ -219,7 +220,7 @@ class Run:
 def start(args, config, data):
     """A Run before its first epoch. The output bias starts at the mean of the training images,
     pseudo-inputs at some of them. With few images the prior would memorise these, so they start
-    nearly black, as in the authors' code."""
+    nearly black, as the authors' do for MNIST."""
     torch.manual_seed(args.seed)        # the first weights are drawn by torch's own generator
     pick = torch.randperm(len(data.train))[:config.components].to(data.train.device)
     u = None
