@@ -30,7 +30,7 @@ from models import LIKELIHOODS, MODELS, PRIORS, Config, build, constant_paramete
 DEFAULT = dict(epochs=280, batch_size=1000, lr=1.2e-2, warmup=5, ema=0.996, weight_decay=0.08,
                pseudo_inputs=500)
 RECIPES = {"default": DEFAULT, "long": DEFAULT | dict(epochs=420, warmup=30, weight_decay=0.07)}
-STATIC = dict(epochs=100, warmup=20, weight_decay=0.16)
+STATIC = dict(epochs=100, batch_size=250, lr=6e-3, warmup=5, weight_decay=0.24)
 SMALL = dict(epochs=90, batch_size=100, lr=1e-3, warmup=30, ema=0.998, weight_decay=0.5)
 TINY = dict(epochs=300, batch_size=100, lr=3e-3, warmup=30, ema=0.998, weight_decay=0.02)
 # settings that may differ on resuming; device, number of processes and compile change the bits
