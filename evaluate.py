@@ -151,24 +151,21 @@ def latent_statistics(model, x, generator, draws=5):
 
 
 def some(n, count):
-    """The same `count` random indices of n each time, or all n if there are fewer. Random, because
-    files may be sorted by class."""
+    """At most `count` of n indices, the same each time; random, as files may be sorted by class."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(0))[:count].sort().values
 
 
 @torch.no_grad()
 def pictures(model, data, generator, n=48):
     """Images for the figures, and the training images that are nearest to the first samples."""
-    from sklearn.neighbors import NearestNeighbors      # here, because it takes seconds
+    from sklearn.metrics import pairwise_distances_argmin_min as nearest    # takes seconds
     images = datasets.pixels(data.test[some(len(data.test), n)])
     arrays = {"images": images, "reconstructions": model.reconstruct(images),
               "samples": model.sample(64, generator)}
     train = datasets.pixels(data.train).cpu().numpy()
-    nearest = NearestNeighbors(n_neighbors=1, algorithm="brute").fit(train)
-    distance, index = nearest.kneighbors(arrays["samples"][:16].cpu().numpy())
-    arrays["neighbours"], arrays["sample_distance"] = train[index[:, 0]], distance[:, 0]
-    distance, _ = nearest.kneighbors(arrays["reconstructions"].cpu().numpy())
-    arrays["reconstruction_distance"] = distance[:, 0]
+    index, arrays["sample_distance"] = nearest(arrays["samples"][:16].cpu().numpy(), train)
+    arrays["neighbours"] = train[index]
+    _, arrays["reconstruction_distance"] = nearest(arrays["reconstructions"].cpu().numpy(), train)
     return arrays
 
 

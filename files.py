@@ -1,7 +1,4 @@
-"""Files of a run: weights that hold numbers only, writes that are whole or absent, friendly errors.
-
-Importing this does not import torch.
-"""
+"""Files of a run: weights without code, whole writes, friendly errors. Does not import torch."""
 import argparse
 import importlib.util
 import io

@@ -14,9 +14,8 @@ from torch.distributed.rendezvous import rendezvous
 
 
 def start(device):
-    """Meets the other processes, if there are any. Each uses the GPU of its local rank.
-
-    `device` is "cpu" or "cuda". ValueError if there is no GPU."""
+    """Meets the other processes, if any; on "cuda" each has the GPU of its local rank. ValueError
+    if there is no GPU."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("this machine has no GPU that this torch can use: take --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
@@ -46,7 +45,7 @@ def is_main_process():
 
 
 def share(rows):
-    """This process's part of a sequence or of a tensor's first axis; the last may be empty."""
+    """This process's part of a sequence or of a tensor's first axis; the last ones may be empty."""
     n = -(-len(rows) // size())
     return rows[rank() * n:(rank() + 1) * n]
 
@@ -59,21 +58,11 @@ def gather(value):
     return values
 
 
-def total(sums):
-    """The processes' sums, dicts of floats, added up in the processes' order."""
-    parts = gather(sums)
-    names = dict.fromkeys(name for part in parts for name in part)
-    return {name: sum(part.get(name, 0.0) for part in parts) for name in names}
-
-
 def main_first(function):
     """function() at process 0, then at the others, which find what it downloaded."""
-    if not is_main_process():
-        dist.barrier()
-    result = function()
-    if is_main_process() and size() > 1:
-        dist.barrier()
-    return result
+    result = function() if is_main_process() else None
+    gather(None)        # waits for the main process
+    return result if is_main_process() else function()
 
 
 class _Gather(torch.autograd.Function):
@@ -94,9 +83,7 @@ class _Gather(torch.autograd.Function):
 
 def encode(encoder, u):
     """mu and logvar (K, D) of all pseudo-inputs u (K, X), of which each process encodes its share.
-
-    Gradients flow back to every process's share, so the density has all K components.
-    """
+    Gradients flow back to every process's share, so the density has all K components."""
     padded = F.pad(u, (0, 0, 0, -len(u) % size()))      # all_gather wants equal shares
     mine = torch.cat(encoder(share(padded)), dim=1)     # (K / processes, 2D)
     return _Gather.apply(mine)[:len(u)].chunk(2, dim=1)

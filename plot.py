@@ -127,7 +127,7 @@ def strips(blocks, columns=16):
 
 
 def scatter(ax, run, points, legend):
-    """Points (N, 2) of test images, coloured by class; adds up to 20 classes to `legend`."""
+    """Points (N, 2) of test images, coloured by class; adds the classes to `legend`, if 2 to 20."""
     shown = np.sort(np.random.default_rng(0).permutation(len(points))[:SHOWN])
     labels = run.arrays.get("labels", np.zeros(len(points), int))[shown]
     classes, index = np.unique(labels, return_inverse=True)

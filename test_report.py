@@ -134,7 +134,9 @@ def test_tradeoff_has_points_with_errors_and_lines_of_equal_elbo(runs):
             assert point.get_xydata()[0, axis] == m["mean"]
             np.testing.assert_allclose(arms[axis].get_segments()[0][:, axis],
                                        [m["mean"] - m["se"], m["mean"] + m["se"]])
-    for line, text in zip([line for line in ax.lines if hasattr(line, "get_slope")], ax.texts):
+    slopes = [line for line in ax.lines if hasattr(line, "get_slope")]
+    assert slopes
+    for line, text in zip(slopes, ax.texts, strict=True):
         x, y = text.get_position()
         assert line.get_slope() == 1 and line.get_xy1() == (x, y)
         assert y - x == pytest.approx(float(text.get_text().split()[1]))
@@ -212,23 +214,6 @@ def test_extreme_runs_are_drawn_and_shown(tmp_path, monkeypatch, capsys, names, 
     assert ("&lt;script&gt;" in page) == ("dataset" in extremes)
 
 
-def test_every_number_stands_in_its_column(tmp_path):
-    fake_run(tmp_path / "vae", recon=stat(-57.0), images=10_000)
-    fake_run(tmp_path / "hvamp", recon=stat(-60.0, 0.1), kl=stat(25.0, 0.3), elbo=stat(-85.0, 0.4),
-             nll=stat(82.0, 0.5), kl1=stat(8.0, 0.6), kl2=stat(17.0, 0.7), epochs=7,
-             train_seconds=90.0, active_units={"z1": 3, "z2": 4}, components_used=470.3,
-             probe_accuracy=0.9, knn_accuracy=0.5, images=10_000)
-    models = report.read(tmp_path)
-    assert report.results(models)[1] == {
-        "Model": "HVAE + VampPrior", "Recon": "-60.00 ± 0.10", "KL": "25.00 ± 0.30",
-        "ELBO": "**-85.00 ± 0.40**", "NLL": "**82.00 ± 0.50**", "Published": "81.24",
-        "Epochs": "7", "Minutes": "1.5"}
-    assert report.latents(models)[1] == {
-        "Model": "HVAE + VampPrior", "Active units": "z1 3 of 40, z2 4 of 40",
-        "KL1": "8.00 ± 0.60", "KL2": "17.00 ± 0.70", "Components in use": "470 of 500",
-        "Linear probe": "90.0 ± 0.3%", "k-NN": "50.0 ± 0.5%"}
-
-
 @pytest.mark.parametrize("change, nll, published", [
     ({}, "**82.00 ± 0.20**", "82.38"), ({"samples": 500}, "82.00 ± 0.20", "82.38"),
     ({"images": 500}, "82.00 ± 0.20", "-"), ({"dataset": "fashion"}, "82.00 ± 0.20", "227.35"),
@@ -242,20 +227,13 @@ def test_only_what_was_measured_alike_is_compared(tmp_path, change, nll, publish
 
 
 def test_seeds_have_their_mean_and_standard_deviation(tmp_path):
-    for seed, nll in enumerate((82.0, 82.4, 81.9)):
-        fake_run(tmp_path / f"seed{seed}/vamp", nll=stat(nll), active_units={"z": 3 + 2 * seed},
-                 components=50 + seed // 2)
+    for seed, nll, log_px in ((0, 82.0, [-80, -90]), (1, 82.4, [-81, -88]), (2, 81.9, [-79, -91])):
+        fake_run(tmp_path / f"seed{seed}/vamp", nll=stat(nll))
+        np.savez(tmp_path / f"seed{seed}/vamp/arrays.npz", log_px=log_px)
     fake_run(tmp_path / "seed1/vae", nll=stat(84.0))
     fake_run(tmp_path / "vae", nll=stat(99.0))      # no seed
     vae, vamp = report.results(report.read(tmp_path))
     assert (vae["NLL"], vamp["NLL"]) == ("84.00 ± 0.20", "**82.10 ± 0.26**")
-    assert vamp["NLL of each seed"] == "82.00, 82.40, 81.90"
-    _, latents = report.latents(report.read(tmp_path))
-    assert latents["Active units"] == "z 5 of 40"
-    assert latents["Components in use"].endswith(" of 50 or 51")
-    for seed, log_px in enumerate(([-80, -90], [-81, -88], [-79, -91])):
-        np.savez(tmp_path / f"seed{seed}/vamp/arrays.npz", log_px=log_px)
-    vae, vamp = report.results(report.read(tmp_path))
     first, second = (math.log(sum(map(math.exp, log_px)) / 3)
                      for log_px in ([-80, -81, -79], [-90, -88, -91]))
     assert (vae["Seeds as one"], vamp["Seeds as one"]) == ("-", f"{-(first + second) / 2:.2f}")
@@ -269,12 +247,8 @@ def test_gain_is_paired_and_has_its_error(tmp_path):
         fake_run(tmp_path / name)
         np.savez(tmp_path / name / "arrays.npz", log_px=log_px)
     models = report.read(tmp_path)
-    line = ("The NLL of HVAE + VampPrior is {} nats lower than the NLL of HVAE + standard prior, "
-            "image by image.")
-    assert report.gain(models) == [line.format("1.75 ± 1.25")]
-    models["hvae"].append(models["hvae"][0])
-    assert report.gain(models) == []
-    models["hvamp"].append(models["hvamp"][0] | {"log_px": models["hvae"][0]["log_px"] + 2.75})
-    assert report.gain(models) == [line.format("2.25 ± 0.71")]      # a second seed
+    assert report.gain(models) == [
+        "The NLL of HVAE + VampPrior is 1.75 ± 1.25 nats lower than the NLL of HVAE + standard "
+        "prior, image by image."]
     models["hvae"][0]["samples"] = 500
     assert report.gain(models) == []

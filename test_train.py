@@ -174,8 +174,7 @@ def images_of(name, n=50_000, n_pixels=784):
     ("--model hvae", 50_000, "fashion", 784, {"lr": 0.006, "weight_decay": 0.16}),
     ("--likelihood logistic", 50_000, "fashion", 784, {}), ("", 10, "a", 2 * 784, train.TINY),
     ("", 50_000, "a", 8 * 784, {"lr": 0.0015}), ("", 10, "a", 8 * 784, train.TINY | {"lr": 0.0015}),
-    ("--epochs 7", 50_000, "mnist", 784, {"epochs": 7, "warmup": 3, "compile": "off"}),
-    ("--compile off", 50_000, "mnist", 784, {"compile": "off"})])
+    ("--epochs 7", 50_000, "mnist", 784, {"epochs": 7, "warmup": 3, "compile": "off"})])
 def test_the_recipe_depends_on_the_data_and_flags_override_it(flags, n_train, name, n_pixels, own):
     args = train.parse_args([*flags.split(), "--ema", "0.5"])
     wanted = train.RECIPES[args.recipe] | own | {"ema": 0.5}
@@ -253,15 +252,12 @@ def test_a_run_can_start_from_trained_weights(whole, digits, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_below_the_mean_image_is_told_so(digits, tmp_path, monkeypatch, capsys):
+def test_a_model_below_the_mean_image_is_told_so(digits, tmp_path, capsys):
     data = datasets.load(str(digits))
     p = (data.train / 255).mean(0).clamp(0.01, 0.99)
     floor = torch.distributions.Bernoulli(p).log_prob(data.val / 255).sum(1).mean().item()
     fit(tmp_path / "run", digits, "--lr", 0)
     assert f"below the {floor:.2f} of the mean image" in capsys.readouterr().out
-    monkeypatch.setattr(train, "mean_image_elbo", lambda *_: -1e9)
-    fit(tmp_path / "above", digits, "--lr", 0)
-    assert "mean image" not in capsys.readouterr().out
 
 
 def killed_at(moment, out, data, monkeypatch, *flags):
@@ -348,7 +344,9 @@ def test_a_run_that_diverges_ends_with_a_line(digits, tmp_path):
     ("grey", "--pseudo-inputs 0", "components"), ("black", "--likelihood gaussian", "bernoulli"),
     ("grey", "--device cuda --precision auto", "no GPU"),
     ("colour", "", "--likelihood logistic"), ("floats", "--likelihood logistic", "gaussian")])
-def test_flags_that_cannot_be_are_refused_and_nothing_is_written(kind, flags, said, tmp_path):
+def test_flags_that_cannot_be_are_refused_and_nothing_is_written(kind, flags, said, tmp_path,
+                                                                 monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     x = np.random.default_rng(0).random((20, 4, 4, 3))
     np.save(tmp_path / "x.npy", {"grey": np.uint8(255 * x[..., 0]), "black": x[..., 0] > 0.5,
                                  "floats": x[..., 0], "colour": np.uint8(255 * x)}[kind])

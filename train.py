@@ -181,8 +181,7 @@ def open_run(out, config, resume):
     path = out / "config.json"
     if not path.exists():
         files.write_atomic(path, json.dumps(config, indent=2) + "\n")
-        return lock
-    if not resume:
+    elif not resume:
         raise ValueError(f"{out} holds a run already: add --resume, or give another --out")
     old = json.loads(path.read_text())
     for key in sorted(config.keys() - MAY_CHANGE):
@@ -230,10 +229,9 @@ def start(args, config, data):
     model.set_output_bias(*(t.cpu() for t in mean_and_spread(data.train)))
     if args.init_from:
         trained, _ = files.load_model(Path(args.init_from) / "model.safetensors", build)
-        if trained.config != config:
-            old = vars(trained.config)
-            other = ", ".join(key for key in old if old[key] != vars(config)[key])
-            raise ValueError(f"{args.init_from} was trained with another {other}")
+        other = [key for key, value in vars(config).items() if vars(trained.config)[key] != value]
+        if other:
+            raise ValueError(f"{args.init_from} was trained with another {', '.join(other)}")
         model.load_state_dict(trained.state_dict())
     model.to(args.device)
     if config.prior == "vamp" and parallel.size() > 1:
@@ -287,8 +285,9 @@ def add_up(sums, terms):
 
 def columns(split, sums, count):
     """Turns a split's sums over `count` images into log.csv's columns: means in nats per image."""
-    sums = parallel.total({name: value.item() for name, value in sums.items()})
-    means = {name: value / count for name, value in sums.items()}
+    parts = parallel.gather({name: value.item() for name, value in sums.items()})
+    # a process without images has no sums; the main process always has some
+    means = {name: sum(part.get(name, 0.0) for part in parts) / count for name in parts[0]}
     means["elbo"] = means["recon"] - means["kl"]
     return {f"{split}_{name}": value for name, value in means.items()}
 
@@ -317,10 +316,8 @@ def optimizer_step(run, args, step):
 
 
 def train_epoch(run, net, args, data, tick=lambda: None):
-    """One pass over the training images. Returns its columns of log.csv.
-
-    `net` is run.model or its DistributedDataParallel; `tick` is called after each step.
-    """
+    """One pass over the training images. Returns its columns of log.csv. `net` is run.model or its
+    DistributedDataParallel; `tick` is called after each step."""
     epoch, device = run.epoch + 1, data.train.device
     beta = min(1.0, epoch / args.warmup) if args.warmup else 1.0
     generator = torch.Generator(device).manual_seed(args.seed * 1_000_003 + epoch)
