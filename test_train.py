@@ -344,8 +344,7 @@ def test_a_run_that_diverges_ends_with_a_line(digits, tmp_path):
     ("grey", "--pseudo-inputs 0", "components"), ("black", "--likelihood gaussian", "bernoulli"),
     ("grey", "--device cuda --precision auto", "no GPU"),
     ("colour", "", "--likelihood logistic"), ("floats", "--likelihood logistic", "gaussian")])
-def test_flags_that_cannot_be_are_refused_and_nothing_is_written(kind, flags, said, tmp_path,
-                                                                 monkeypatch):
+def test_bad_flags_are_refused_and_nothing_is_written(kind, flags, said, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     x = np.random.default_rng(0).random((20, 4, 4, 3))
     np.save(tmp_path / "x.npy", {"grey": np.uint8(255 * x[..., 0]), "black": x[..., 0] > 0.5,
