@@ -36,10 +36,8 @@ def save(path, tensors, info):
 
 
 def load(path, device="cpu"):
-    """(tensors, info) that `save` wrote. ValueError if the file is anything else.
-
-    Safe with a stranger's file: it holds no code, and no more numbers than its size says.
-    """
+    """(tensors, info) that `save` wrote. ValueError if the file is anything else. Safe with a
+    stranger's file: it holds no code, and no more numbers than its size says."""
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, "pt", device=str(device)) as file:
@@ -107,9 +105,7 @@ def say(text):
 
 def friendly(main):
     """Makes an error that the user can mend one line on standard error, without a traceback.
-
-    Ctrl-C ends a script at once and without a word, which is safe: files are whole or absent.
-    """
+    Ctrl-C ends a script at once and without a word, which is safe: files are whole or absent."""
     def wrapped(*args):
         if not args:        # a notebook, which gives arguments, keeps its own Ctrl-C
             signal.signal(signal.SIGINT, signal.SIG_DFL)

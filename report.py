@@ -57,9 +57,6 @@ def read(folder):
     return {name: found[name] for name in sorted(found, key=plot.place)}
 
 
-# --------------------------------------------------------------------------------------- tables
-
-
 def cell(seeds, key):
     """Mean ± spread of one quantity, "-" where it was not measured."""
     values = [m[key]["mean"] for m in seeds if key in m]
@@ -181,9 +178,6 @@ def gain(models):
                      f"{values.std(ddof=1):.2f} nats {'lower' if d.mean() > 0 else 'higher'} than "
                      f"the NLL of {found[0]['label']}, image by image.")
     return lines
-
-
-# ---------------------------------------------------------------------------------------- pages
 
 
 def notes(*tables):

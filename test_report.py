@@ -214,6 +214,15 @@ def test_extreme_runs_are_drawn_and_shown(tmp_path, monkeypatch, capsys, names, 
     assert ("&lt;script&gt;" in page) == ("dataset" in extremes)
 
 
+def test_every_number_stands_in_its_column():
+    models = report.read(RECORDS)
+    m, row = models["hvamp"][0], report.results(models)[-1] | report.latents(models)[-1]
+    for title in "Recon", "KL", "ELBO", "NLL", "KL1", "KL2":
+        assert row[title].strip("*") == plot.plus_minus(**m[title.lower()])
+    assert row["Linear probe"].startswith(f"{100 * m['probe_accuracy']:.1f} ± ")
+    assert row["k-NN"].startswith(f"{100 * m['knn_accuracy']:.1f} ± ")
+
+
 @pytest.mark.parametrize("change, nll, published", [
     ({}, "**82.00 ± 0.20**", "82.38"), ({"samples": 500}, "82.00 ± 0.20", "82.38"),
     ({"images": 500}, "82.00 ± 0.20", "-"), ({"dataset": "fashion"}, "82.00 ± 0.20", "227.35"),

@@ -181,7 +181,8 @@ def open_run(out, config, resume):
     path = out / "config.json"
     if not path.exists():
         files.write_atomic(path, json.dumps(config, indent=2) + "\n")
-    elif not resume:
+        return lock
+    if not resume:
         raise ValueError(f"{out} holds a run already: add --resume, or give another --out")
     old = json.loads(path.read_text())
     for key in sorted(config.keys() - MAY_CHANGE):
